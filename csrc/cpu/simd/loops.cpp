@@ -1,0 +1,478 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once per instruction set, with UNIPOOL_ISA naming the namespace. Plain loops that the
+// compiler vectorises; everything is in that namespace, so that no two builds share a symbol.
+#include "cpu/simd/loops.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+namespace unipool::cpu::UNIPOOL_ISA {
+namespace {
+
+// --- conversions
+
+inline float to_acc(float x) { return x; }
+inline double to_acc(double x) { return x; }
+inline float to_acc(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class T>
+inline T from_acc(acc_t<T> x) {
+  if constexpr (std::is_same_v<T, bf16>) {  // round to nearest even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t nan = (bits >> 16) | 0x40u;
+    return bf16{static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+  } else {
+    return x;
+  }
+}
+
+// --- exp that vectorises: 2^n * p(r) with |r| <= ln(2) / 2; error below 2 ulp, 0 below -87.3.
+
+inline float exp_acc(float x) {
+  constexpr float kLog2e = 1.44269504088896341f;
+  constexpr float kLn2High = 0.693359375f;
+  constexpr float kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kMin = -87.33654f;
+  constexpr float kMax = 88.72283f;
+  const float clamped = x < kMin ? kMin : (x > kMax ? kMax : x);
+  const float shifted = clamped * kLog2e + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * kLn2High) - n * kLn2Low;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^n in two factors: n may be 128, whose power alone is out of range.
+  const int32_t half = static_cast<int32_t>(n) >> 1;
+  const int32_t rest = static_cast<int32_t>(n) - half;
+  const uint32_t half_bits = static_cast<uint32_t>(half + 127) << 23;
+  const uint32_t rest_bits = static_cast<uint32_t>(rest + 127) << 23;
+  float power_half;
+  float power_rest;
+  std::memcpy(&power_half, &half_bits, sizeof half_bits);
+  std::memcpy(&power_rest, &rest_bits, sizeof rest_bits);
+  const float value = p * power_half * power_rest;
+  const float saturated = x > kMax ? std::numeric_limits<float>::infinity() : value;
+  return x < kMin ? 0.0f : (x != x ? x : saturated);
+}
+
+inline double exp_acc(double x) { return std::exp(x); }
+
+template <class A>
+inline A sigmoid(A x) {
+  return A(1) / (A(1) + exp_acc(-x));
+}
+
+// --- sums in a fixed number of lanes: vectorises, and the order never depends on the thread count.
+
+constexpr int kLanes = 16;
+
+template <class A, class Term>
+inline A lane_sum(int64_t n, Term term) {
+  A lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+  }
+  for (int l = 0; i + l < n; ++l) lanes[l] += term(i + l);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  }
+  return lanes[0];
+}
+
+template <class A, class Term>
+inline A lane_max(int64_t n, Term term) {
+  A lanes[kLanes];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = -std::numeric_limits<A>::infinity();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) {
+      const A v = term(i + l);
+      lanes[l] = v > lanes[l] ? v : lanes[l];
+    }
+  }
+  for (int l = 0; i + l < n; ++l) {
+    const A v = term(i + l);
+    lanes[l] = v > lanes[l] ? v : lanes[l];
+  }
+  A best = lanes[0];
+  for (int l = 1; l < kLanes; ++l) best = lanes[l] > best ? lanes[l] : best;
+  return best;
+}
+
+// --- routers
+
+// The k greatest of key[0, M), ties to the lower id, NaN greatest; masked experts are no
+// candidates. Slots for which no candidate is left get id -1.
+template <class A>
+void choose(const A* key, const bool* mask, int64_t experts, int64_t top_k, int32_t* ids) {
+  constexpr int64_t kMaxK = 16;
+  A best[kMaxK];
+  int64_t found = 0;
+  const auto greater = [](A a, A b) { return a > b || (a != a && b == b); };
+  for (int64_t e = 0; e < experts; ++e) {
+    if (mask != nullptr && mask[e]) continue;
+    if (found == top_k && !greater(key[e], best[top_k - 1])) continue;
+    int64_t at = found < top_k ? found++ : top_k - 1;
+    for (; at > 0 && greater(key[e], best[at - 1]); --at) {
+      best[at] = best[at - 1];
+      ids[at] = ids[at - 1];
+    }
+    best[at] = key[e];
+    ids[at] = static_cast<int32_t>(e);
+  }
+  for (int64_t j = found; j < top_k; ++j) ids[j] = -1;
+}
+
+// score [M] -> ids, weights; key is scratch for score + bias.
+template <class T>
+void choose_by_score(const RouterRow<T>& row, const acc_t<T>* score, acc_t<T>* key) {
+  const acc_t<T>* by = score;
+  if (row.bias != nullptr) {
+    for (int64_t e = 0; e < row.experts; ++e) key[e] = score[e] + row.bias[e];
+    by = key;
+  }
+  choose(by, row.mask, row.experts, row.top_k, row.ids);
+  for (int64_t j = 0; j < row.top_k; ++j) {
+    row.weights[j] = row.ids[j] < 0 ? acc_t<T>(0) : score[row.ids[j]];
+  }
+}
+
+// The logits as acc, zero where masked.
+template <class T>
+void load_logits(const T* logits, const bool* mask, int64_t experts, acc_t<T>* z) {
+  for (int64_t e = 0; e < experts; ++e) z[e] = to_acc(logits[e]);
+  if (mask != nullptr) {
+    for (int64_t e = 0; e < experts; ++e) z[e] = mask[e] ? acc_t<T>(0) : z[e];
+  }
+}
+
+template <class A>
+A norm2(const A* z, int64_t n) {
+  const A squares = lane_sum<A>(n, [&](int64_t i) { return z[i] * z[i]; });
+  // Near the ends of the range the squares over- or underflow although the norm does not.
+  if (squares > A(1e-30) && squares < std::numeric_limits<A>::max()) return std::sqrt(squares);
+  const A largest = lane_max<A>(n, [&](int64_t i) { return std::fabs(z[i]); });
+  if (!(largest > 0) || !(largest <= std::numeric_limits<A>::max()) || squares != squares) {
+    return squares != squares ? squares : largest;
+  }
+  return largest * std::sqrt(lane_sum<A>(n, [&](int64_t i) {
+           const A v = z[i] / largest;
+           return v * v;
+         }));
+}
+
+template <class T>
+void norm_topk(const RouterRow<T>& row, acc_t<T> coef, acc_t<T> eps) {
+  using A = acc_t<T>;
+  A* score = row.scratch;
+  load_logits(row.logits, row.mask, row.experts, score);
+  const A denominator = norm2(score, row.experts) + eps;
+  for (int64_t e = 0; e < row.experts; ++e) {
+    const A unit = score[e] / denominator;
+    score[e] = coef * (unit <= A(0) ? A(0) : unit);  // a NaN stays one
+    row.importance[e] += score[e];
+  }
+  choose_by_score(row, score, row.scratch + row.experts);
+}
+
+// g[e] = grad_importance[e] + the weight gradient of the slot that chose e.
+template <class T>
+void score_grad(const RouterRowBwd<T>& row, acc_t<T>* g) {
+  using A = acc_t<T>;
+  for (int64_t e = 0; e < row.experts; ++e) {
+    g[e] = row.grad_importance != nullptr ? row.grad_importance[e] : A(0);
+  }
+  if (row.grad_weights == nullptr) return;
+  for (int64_t j = 0; j < row.top_k; ++j) {
+    const int32_t e = row.ids[j];
+    if (e >= 0 && e < row.experts) g[e] += row.grad_weights[j];
+  }
+}
+
+// s = coef * relu(u), u = z / (n + eps), n = |z|:
+// dz = coef / (n + eps) * (g * [z > 0] - z / n * <g, relu(u)>), d coef = <g, relu(u)>
+template <class T>
+acc_t<T> norm_topk_bwd(const RouterRowBwd<T>& row, acc_t<T> coef, acc_t<T> eps) {
+  using A = acc_t<T>;
+  A* z = row.scratch;
+  A* g = row.scratch + row.experts;
+  load_logits(row.logits, row.mask, row.experts, z);
+  score_grad(row, g);
+  const A norm = norm2(z, row.experts);
+  const A denominator = norm + eps;
+  const A dot = lane_sum<A>(row.experts, [&](int64_t e) {
+    const A unit = z[e] / denominator;
+    return g[e] * (unit <= A(0) ? A(0) : unit);
+  });
+  const A outer = coef / denominator;
+  const A inner = norm > A(0) || norm != norm ? dot / norm : A(0);
+  for (int64_t e = 0; e < row.experts; ++e) {
+    const A through_relu = z[e] > A(0) ? g[e] : (z[e] != z[e] ? z[e] : A(0));
+    row.grad_logits[e] = from_acc<T>(outer * (through_relu - z[e] * inner));
+  }
+  return dot;
+}
+
+// p [M] = softmax over the experts that are not masked; all zero if every expert is.
+template <class T>
+void softmax(const T* logits, const bool* mask, int64_t experts, acc_t<T>* p) {
+  using A = acc_t<T>;
+  constexpr A kHidden = -std::numeric_limits<A>::infinity();
+  bool any = false;
+  for (int64_t e = 0; e < experts; ++e) {
+    const bool hidden = mask != nullptr && mask[e];
+    any = any || !hidden;
+    p[e] = hidden ? kHidden : to_acc(logits[e]);
+  }
+  const A largest = lane_max<A>(experts, [&](int64_t e) { return p[e]; });
+  for (int64_t e = 0; e < experts; ++e) p[e] = exp_acc(p[e] - largest);
+  if (mask != nullptr) {  // also when a NaN or an infinity made largest useless
+    for (int64_t e = 0; e < experts; ++e) p[e] = mask[e] ? A(0) : p[e];
+  }
+  if (!any) return;
+  const A sum = lane_sum<A>(experts, [&](int64_t e) { return p[e]; });
+  for (int64_t e = 0; e < experts; ++e) p[e] /= sum;
+}
+
+template <class T>
+void softmax_topk(const RouterRow<T>& row, bool renormalize) {
+  using A = acc_t<T>;
+  A* p = row.scratch;
+  softmax(row.logits, row.mask, row.experts, p);
+  for (int64_t e = 0; e < row.experts; ++e) row.importance[e] += p[e];
+  choose_by_score(row, p, row.scratch + row.experts);
+  if (!renormalize) return;
+  A sum = 0;
+  for (int64_t j = 0; j < row.top_k; ++j) sum += row.weights[j];
+  if (sum == A(0)) return;
+  for (int64_t j = 0; j < row.top_k; ++j) row.weights[j] /= sum;
+}
+
+// dz = p * (g - <g, p>); with renormalisation w_j = p_j / s, s = sum of the chosen:
+// dp_j = (gw_j - <gw, w>) / s.
+template <class T>
+void softmax_topk_bwd(const RouterRowBwd<T>& row, bool renormalize) {
+  using A = acc_t<T>;
+  A* p = row.scratch;
+  A* g = row.scratch + row.experts;
+  softmax(row.logits, row.mask, row.experts, p);
+  RouterRowBwd<T> direct = row;
+  A chosen_grad[16];
+  if (renormalize && row.grad_weights != nullptr) {
+    A sum = 0;
+    A dot = 0;
+    for (int64_t j = 0; j < row.top_k; ++j) {
+      const int32_t e = row.ids[j];
+      if (e < 0 || e >= row.experts) continue;
+      sum += p[e];
+      dot += row.grad_weights[j] * p[e];
+    }
+    for (int64_t j = 0; j < row.top_k; ++j) {
+      chosen_grad[j] = sum == A(0) ? A(0) : (row.grad_weights[j] - dot / sum) / sum;
+    }
+    direct.grad_weights = chosen_grad;
+  }
+  score_grad(direct, g);
+  const A dot = lane_sum<A>(row.experts, [&](int64_t e) { return g[e] * p[e]; });
+  for (int64_t e = 0; e < row.experts; ++e) row.grad_logits[e] = from_acc<T>(p[e] * (g[e] - dot));
+}
+
+// --- rows
+
+template <class T>
+void axpy(acc_t<T> weight, const T* x, acc_t<T>* sum, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += weight * to_acc(x[i]);
+}
+
+template <class T>
+acc_t<T> dot(const T* a, const T* b, int64_t n) {
+  return lane_sum<acc_t<T>>(n, [&](int64_t i) { return to_acc(a[i]) * to_acc(b[i]); });
+}
+
+template <class T>
+void store(acc_t<T> scale, const acc_t<T>* x, T* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = from_acc<T>(scale * x[i]);
+}
+
+template <class T>
+void widen(const T* x, acc_t<T>* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = to_acc(x[i]);
+}
+
+// --- tiles
+
+constexpr int64_t kBlock = 16;  // side of the blocks in which a transpose goes through a buffer
+
+// out[j * ld + r] = in(r, j) for r in [0, count), j in [0, n)
+template <class Out, class In>
+inline void transpose_blocks(int64_t count, int64_t n, Out* out, int64_t ld, In in) {
+  for (int64_t r0 = 0; r0 < count; r0 += kBlock) {
+    const int64_t rows = count - r0 < kBlock ? count - r0 : kBlock;
+    for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
+      const int64_t columns = n - j0 < kBlock ? n - j0 : kBlock;
+      Out buffer[kBlock][kBlock];
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < columns; ++j) buffer[r][j] = in(r0 + r, j0 + j);
+      }
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t r = 0; r < rows; ++r) out[(j0 + j) * ld + r0 + r] = buffer[r][j];
+      }
+    }
+  }
+}
+
+template <class Out>
+inline void zero_columns(Out* out, int64_t n, int64_t from, int64_t ld) {
+  if (from == ld) return;
+  for (int64_t j = 0; j < n; ++j) std::memset(out + j * ld + from, 0, (ld - from) * sizeof(Out));
+}
+
+template <class T>
+void transpose(const T* const* rows, int64_t count, int64_t n, acc_t<T>* out, int64_t ld) {
+  transpose_blocks(count, n, out, ld, [&](int64_t r, int64_t j) { return to_acc(rows[r][j]); });
+  zero_columns(out, n, count, ld);
+}
+
+void transpose_narrow(const bf16* const* rows, int64_t count, int64_t n, bf16* out, int64_t ld) {
+  transpose_blocks(count, n, out, ld, [&](int64_t r, int64_t j) { return rows[r][j]; });
+  zero_columns(out, n, count, ld);
+}
+
+void transpose_pairs(const bf16* const* rows, int64_t count, int64_t n, bf16* out, int64_t ld) {
+  auto* pairs = reinterpret_cast<uint32_t*>(out);
+  transpose_blocks(count, n / 2, pairs, ld, [&](int64_t r, int64_t j) {
+    uint32_t pair;
+    std::memcpy(&pair, rows[r] + 2 * j, sizeof pair);
+    return pair;
+  });
+  zero_columns(pairs, n / 2, count, ld);
+}
+
+void interleave(const bf16* const* rows, int64_t count, int64_t n, bf16* out) {
+  auto* pairs = reinterpret_cast<uint32_t*>(out);
+  for (int64_t r = 0; r + 1 < count; r += 2) {
+    const bf16* low = rows[r];
+    const bf16* high = rows[r + 1];
+    uint32_t* row = pairs + r / 2 * n;
+    for (int64_t j = 0; j < n; ++j) row[j] = uint32_t(low[j].bits) | uint32_t(high[j].bits) << 16;
+  }
+  if (count % 2 != 0) {
+    for (int64_t j = 0; j < n; ++j) pairs[count / 2 * n + j] = rows[count - 1][j].bits;
+  }
+}
+
+template <class T>
+void store_transposed(const acc_t<T>* tile, int64_t ld, int64_t count, int64_t n,
+                      const acc_t<T>* scale, T* const* rows, int64_t column) {
+  for (int64_t r0 = 0; r0 < count; r0 += kBlock) {
+    const int64_t block_rows = count - r0 < kBlock ? count - r0 : kBlock;
+    for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
+      const int64_t columns = n - j0 < kBlock ? n - j0 : kBlock;
+      acc_t<T> buffer[kBlock][kBlock];
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t r = 0; r < block_rows; ++r) buffer[r][j] = tile[(j0 + j) * ld + r0 + r];
+      }
+      for (int64_t r = 0; r < block_rows; ++r) {
+        const acc_t<T> by = scale != nullptr ? scale[r0 + r] : acc_t<T>(1);
+        T* row = rows[r0 + r] + column + j0;
+        for (int64_t j = 0; j < columns; ++j) row[j] = from_acc<T>(by * buffer[r][j]);
+      }
+    }
+  }
+}
+
+template <class T>
+void swiglu(const acc_t<T>* gate, const acc_t<T>* up, int64_t n, int64_t ld, acc_t<T>* out) {
+  for (int64_t i = 0; i < n * ld; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+}
+
+void swiglu_pairs(const float* gate, const float* up, int64_t n, int64_t ld, bf16* out) {
+  auto* pairs = reinterpret_cast<uint32_t*>(out);
+  for (int64_t j = 0; j < n; j += 2) {
+    const float* g = gate + j * ld;
+    const float* u = up + j * ld;
+    uint32_t* row = pairs + j / 2 * ld;
+    for (int64_t r = 0; r < ld; ++r) {
+      const bf16 low = from_acc<bf16>(g[r] * sigmoid(g[r]) * u[r]);
+      const bf16 high = from_acc<bf16>(g[ld + r] * sigmoid(g[ld + r]) * u[ld + r]);
+      row[r] = uint32_t(low.bits) | uint32_t(high.bits) << 16;
+    }
+  }
+}
+
+template <class T>
+acc_t<T> swiglu_bwd(const acc_t<T>* grad, const T* gate, const T* up, acc_t<T> weight, T* grad_gate,
+                    T* grad_up, T* hidden, int64_t n) {
+  using A = acc_t<T>;
+  A lanes[kLanes] = {};
+  const auto one = [&](int64_t i) {
+    const A g = to_acc(gate[i]);
+    const A u = to_acc(up[i]);
+    const A s = sigmoid(g);
+    const A silu = g * s;
+    const A d = weight * grad[i];
+    grad_gate[i] = from_acc<T>(d * u * (s + silu * (A(1) - s)));
+    grad_up[i] = from_acc<T>(d * silu);
+    hidden[i] = from_acc<T>(weight * (silu * u));
+    return grad[i] * (silu * u);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) lanes[l] += one(i + l);
+  }
+  for (int l = 0; i + l < n; ++l) lanes[l] += one(i + l);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  }
+  return lanes[0];
+}
+
+}  // namespace
+
+template <class T>
+const Loops<T>& table() {
+  static const Loops<T> loops = [] {
+    Loops<T> t{};
+    t.norm_topk = norm_topk<T>;
+    t.norm_topk_bwd = norm_topk_bwd<T>;
+    t.softmax_topk = softmax_topk<T>;
+    t.softmax_topk_bwd = softmax_topk_bwd<T>;
+    t.axpy = axpy<T>;
+    t.dot = dot<T>;
+    t.store = store<T>;
+    t.widen = widen<T>;
+    t.transpose = transpose<T>;
+    t.store_transposed = store_transposed<T>;
+    t.swiglu = swiglu<T>;
+    t.swiglu_bwd = swiglu_bwd<T>;
+    if constexpr (std::is_same_v<T, bf16>) {
+      t.transpose_narrow = transpose_narrow;
+      t.transpose_pairs = transpose_pairs;
+      t.interleave = interleave;
+      t.swiglu_pairs = swiglu_pairs;
+    }
+    return t;
+  }();
+  return loops;
+}
+
+template const Loops<float>& table<float>();
+template const Loops<double>& table<double>();
+template const Loops<bf16>& table<bf16>();
+
+}  // namespace unipool::cpu::UNIPOOL_ISA

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the op libraries, which register the ops with torch.
+
+The libraries hold no Python: one build serves every Python of the torch version it was made for.
+UNIPOOL_LIBRARY_DIR names another folder than the package's own to take them from.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+LIBRARY_DIR = Path(os.environ.get("UNIPOOL_LIBRARY_DIR", Path(__file__).parent / "lib"))
+REBUILD = "rebuild with: pip install --no-build-isolation --no-deps --force-reinstall ."
+
+loaded: list[Path] = []
+
+
+def _load(name: str) -> None:
+    path = LIBRARY_DIR / name
+    if not path.exists():
+        raise ImportError(f"unipool: {path} is missing, the ops were not built; {REBUILD}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ImportError(
+            f"unipool: {path.name} does not fit torch {torch.__version__} ({reason}); {REBUILD}"
+        ) from None
+    loaded.append(path)
+
+
+_load("libunipool_cpu.so")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One weight gradient for all layers that share a pool.
+
+With plain autograd every layer's backward returns a dense gradient of the whole pool, and autograd
+adds L of them, in the parameters' precision. A pass puts one autograd node between the parameters
+and the layers instead: layers return no weight gradient but leave its operands (or its sum) with
+the pass, and the node, which autograd runs once after all of them, returns the gradient of the
+pass. AccumulateGrad, hooks of DDP and FSDP, gradient scaling and clipping see nothing unusual.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from unipool.ops import Routing
+from unipool.ops._common import acc_dtype
+from unipool.ops.experts import WeightGradSegment, pooled_expert_mlp
+
+WEIGHT_GRADS = ("deferred", "accumulate", "autograd")
+_ops = torch.ops.unipool
+
+
+def default_window_bytes(device: torch.device) -> int:
+    """A quarter of the memory that is free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+class _Sums:
+    """The gradients of one run of the backward: what is held, and what was summed already."""
+
+    def __init__(self) -> None:
+        self.segments: list[WeightGradSegment] = []
+        self.held_bytes = 0
+        self.top_k = 0  # of the segments that are held
+        self.gate_up: Tensor | None = None  # [M, 2F, D] acc
+        self.down: Tensor | None = None  # [M, D, F] acc
+
+
+class GradientCollector:
+    """Collects the layers' segments of a pass, and turns them into the pool's gradients.
+
+    Keyed by the engine's graph task: a backward that an exception cut short leaves nothing behind
+    for the next one, and reentrant checkpointing, which runs a backward per segment, works.
+    """
+
+    def __init__(self, window_bytes: int) -> None:
+        self.window_bytes = window_bytes
+        self.sums: dict[int, _Sums] = {}
+        self.flushes = 0
+
+    def add(self, segment: WeightGradSegment, top_k: int, needs: tuple[bool, bool]) -> None:
+        """Called by a layer's backward; needs says which of (gate_up, down) want a gradient."""
+        sums = self.sums.setdefault(torch._C._current_graph_task_id(), _Sums())
+        if sums.segments and sums.top_k != top_k:
+            self._flush(sums, needs)
+        sums.top_k = top_k
+        sums.segments.append(segment)
+        sums.held_bytes += sum(t.nbytes for t in segment)
+        if sums.held_bytes > self.window_bytes:
+            self._flush(sums, needs)
+
+    def take(
+        self, needs: tuple[bool, bool], dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of (gate_up, down) in dtypes; None where no layer left anything."""
+        sums = self.sums.pop(torch._C._current_graph_task_id(), None)
+        if sums is None:
+            return None, None
+        if sums.gate_up is not None or sums.down is not None:
+            if sums.segments:
+                self._flush(sums, needs)
+            gate_up, down = sums.gate_up, sums.down
+        else:
+            gate_up = self._wgrad(sums, "gate_up", dtypes[0]) if needs[0] else None
+            down = self._wgrad(sums, "down", dtypes[1]) if needs[1] else None
+        return (
+            None if gate_up is None else gate_up.to(dtypes[0]),
+            None if down is None else down.to(dtypes[1]),
+        )
+
+    @staticmethod
+    def _operands(sums: _Sums, weight: str) -> tuple:
+        segments = sums.segments
+        order, offsets = [s.order for s in segments], [s.offsets for s in segments]
+        if weight == "gate_up":
+            grad, value = [s.grad_preact for s in segments], [s.x for s in segments]
+            return grad, value, order, offsets, 0, sums.top_k
+        grad, value = [s.grad for s in segments], [s.hidden for s in segments]
+        return grad, value, order, offsets, sums.top_k, 0
+
+    def _wgrad(self, sums: _Sums, weight: str, dtype: torch.dtype) -> Tensor:
+        operands = self._operands(sums, weight)
+        computed = operands[0][0].dtype
+        return _ops.grouped_wgrad(*operands, computed if dtype == computed else acc_dtype(computed))
+
+    def _flush(self, sums: _Sums, needs: tuple[bool, bool]) -> None:
+        for weight, needed in zip(("gate_up", "down"), needs, strict=True):
+            if not needed:
+                continue
+            operands = self._operands(sums, weight)
+            total = getattr(sums, weight)
+            if total is None:
+                total = _ops.grouped_wgrad(*operands, acc_dtype(operands[0][0].dtype))
+                setattr(sums, weight, total)
+            else:
+                _ops.grouped_wgrad_(total, *operands)
+        sums.segments, sums.held_bytes = [], 0
+        self.flushes += 1
+
+
+class PoolEntry(torch.autograd.Function):
+    """The node between the pool's parameters and the layers of a pass."""
+
+    @staticmethod
+    def forward(ctx, gate_up, down, collector, dtype):
+        ctx.set_materialize_grads(False)
+        ctx.collector = collector
+        ctx.dtypes = (gate_up.dtype, down.dtype)
+        outputs = tuple(
+            weight.view_as(weight) if weight.dtype == dtype else weight.to(dtype)
+            for weight in (gate_up, down)
+        )
+        frozen = [
+            out for out, need in zip(outputs, ctx.needs_input_grad[:2], strict=True) if not need
+        ]
+        ctx.mark_non_differentiable(*frozen)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *direct):
+        collected = ctx.collector.take(ctx.needs_input_grad[:2], ctx.dtypes)
+        grads = []
+        # direct: from uses of the weights that are not layers of ours, e.g. a penalty on them.
+        for ours, other, dtype in zip(collected, direct, ctx.dtypes, strict=True):
+            other = None if other is None else other.to(dtype)
+            grads.append(other if ours is None else ours if other is None else ours + other)
+        return *grads, None, None
+
+
+class PoolPass:
+    """A pool in one forward pass of the model; layers call it in the pool's place.
+
+    Attributes:
+        gate_up: [M, 2F, D], down: [M, D, F], in the dtype of the computation.
+        collector: where layers leave their weight gradients; None in mode "autograd".
+    """
+
+    def __init__(
+        self, gate_up: Tensor, down: Tensor, weight_grad: str, window_bytes: int | None
+    ) -> None:
+        self.num_experts = gate_up.shape[0]
+        self.gate_up, self.down = gate_up, down
+        self.collector: GradientCollector | None = None
+        needed = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
+        if weight_grad == "autograd" or not needed or torch.compiler.is_compiling():
+            return
+        if weight_grad == "accumulate":
+            window_bytes = 0
+        elif window_bytes is None:
+            window_bytes = default_window_bytes(gate_up.device)
+        self.collector = GradientCollector(window_bytes)
+        device = gate_up.device.type
+        dtype = gate_up.dtype
+        if torch.is_autocast_enabled(device):  # once for all layers
+            dtype = torch.get_autocast_dtype(device)
+        self.gate_up, self.down = PoolEntry.apply(gate_up, down, self.collector, dtype)
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        """x [T, D] and its Routing -> [T, D], the weighted sum of each token's experts."""
+        if routing.load.shape[0] != self.num_experts:
+            raise ValueError(
+                f"ExpertPool: routing must be over the pool's {self.num_experts} experts, "
+                f"got {routing.load.shape[0]}"
+            )
+        return pooled_expert_mlp(x, routing, self.gate_up, self.down, self.collector)

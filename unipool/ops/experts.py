@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert computation: grouped_mm and the fused SwiGLU expert_mlp."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unipool.ops._common import autocast, check_tensors
+from unipool.ops.dispatch import dispatch_plan
+from unipool.ops.router import Routing
+
+_ops = torch.ops.unipool
+
+
+class WeightGradSegment(NamedTuple):
+    """What one layer's backward leaves with a collector: the operands of both weight gradients."""
+
+    grad: Tensor  # [T, D], of the layer's output
+    x: Tensor  # [T, D], the layer's input
+    grad_preact: Tensor  # [N, 2F], sorted rows
+    hidden: Tensor  # [N, F], sorted rows, times the router weight
+    order: Tensor  # [N] int32
+    offsets: Tensor  # [M + 1] int32
+
+
+class WeightGradCollector(Protocol):
+    """Takes segments in place of returned weight gradients; unipool.nn.pool_pass has the one."""
+
+    def add(self, segment: WeightGradSegment, top_k: int, needs: tuple[bool, bool]) -> None: ...
+
+
+# --- fakes
+
+
+@torch.library.register_fake("unipool::grouped_mm")
+def _(a, b, offsets):
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+@torch.library.register_fake("unipool::grouped_mm_bwd_a")
+def _(grad, b, offsets):
+    return grad.new_empty((grad.shape[0], b.shape[2]))
+
+
+@torch.library.register_fake("unipool::grouped_wgrad")
+def _(grad, input, order, offsets, grad_top_k, input_top_k, out_dtype=None):
+    shape = (offsets[0].shape[0] - 1, grad[0].shape[1], input[0].shape[1])
+    return grad[0].new_empty(shape, dtype=out_dtype or grad[0].dtype)
+
+
+@torch.library.register_fake("unipool::grouped_wgrad_")
+def _(sum, grad, input, order, offsets, grad_top_k, input_top_k):
+    return None
+
+
+@torch.library.register_fake("unipool::expert_mlp")
+def _(x, weights, gate_up, down, order, inverse, offsets, keep_preact):
+    rows = order.shape[0] if keep_preact else 0
+    return x.new_empty(x.shape), x.new_empty((rows, gate_up.shape[1]))
+
+
+@torch.library.register_fake("unipool::expert_mlp_bwd")
+def _(grad, weights, gate_up, down, order, inverse, offsets, preact):
+    return (
+        grad.new_empty(grad.shape),
+        weights.new_empty(weights.shape),
+        preact.new_empty(preact.shape),
+        preact.new_empty((preact.shape[0], down.shape[2])),
+    )
+
+
+# --- autograd
+
+
+class GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, offsets):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, b, offsets)
+        return _ops.grouped_mm(a, b, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        a, b, offsets = ctx.saved_tensors
+        grad_a = grad_b = None
+        if grad is not None and ctx.needs_input_grad[0]:
+            grad_a = _ops.grouped_mm_bwd_a(grad, b, offsets)
+        if grad is not None and ctx.needs_input_grad[1]:
+            grad_b = _ops.grouped_wgrad([grad], [a], [], [offsets], 0, 0)
+        return grad_a, grad_b, None
+
+
+class ExpertMLP(torch.autograd.Function):
+    """With a collector (nn/pool_pass.py) the weight gradients' operands are left there."""
+
+    @staticmethod
+    def forward(ctx, x, weights, gate_up, down, order, inverse, offsets, collector):
+        ctx.set_materialize_grads(False)
+        ctx.collector = collector
+        y, preact = _ops.expert_mlp(x, weights, gate_up, down, order, inverse, offsets, True)
+        ctx.save_for_backward(x, weights, gate_up, down, order, inverse, offsets, preact)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weights, gate_up, down, order, inverse, offsets, preact = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 8
+        grad_x, grad_weights, grad_preact, hidden = _ops.expert_mlp_bwd(
+            grad, weights, gate_up, down, order, inverse, offsets, preact
+        )
+        top_k = inverse.shape[1]
+        grad_gate_up = grad_down = None
+        if ctx.collector is not None:
+            needs = ctx.needs_input_grad[2:4]
+            # Not when only gradients of other tensors were asked for.
+            entry = ctx.next_functions[2 if needs[0] else 3][0]
+            if torch._C._will_engine_execute_node(entry):
+                segment = WeightGradSegment(grad, x, grad_preact, hidden, order, offsets)
+                ctx.collector.add(segment, top_k, needs)
+            return grad_x, grad_weights, None, None, None, None, None, None
+        if ctx.needs_input_grad[2]:
+            grad_gate_up = _ops.grouped_wgrad([grad_preact], [x], [order], [offsets], 0, top_k)
+        if ctx.needs_input_grad[3]:
+            grad_down = _ops.grouped_wgrad([grad], [hidden], [order], [offsets], top_k, 0)
+        return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None, None
+
+
+# --- public
+
+
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """Multiplies the rows of each expert by that expert's matrix, transposed.
+
+    Args:
+        a: [N, K] rows sorted by expert.
+        b: [M, n, K], same dtype.
+        offsets: [M + 1] int32, rows of expert e are offsets[e]:offsets[e + 1].
+
+    Returns:
+        [N, n] in the dtype of a, accumulated in float32 (float64 for float64); rows past
+        offsets[M] are zero, and so is the gradient of an expert without rows.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; offsets do not ascend (CPU).
+    """
+    check_tensors("grouped_mm", a=a, b=b, offsets=offsets)
+    a, b = autocast(a, b)
+    return GroupedMM.apply(a, b, offsets)
+
+
+def expert_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Weighted sum of SwiGLU experts, fused: sum_j w_j down_e (silu(gate_e x) * up_e x), e = e_j.
+
+    Args:
+        x: [T, D] tokens.
+        routing: of the T tokens, weights [T, k] and experts [T, k]; ids outside [0, M) add nothing.
+        gate_up: [M, 2F, D], gate rows first; down: [M, D, F]; both in the dtype of x.
+
+    Returns:
+        [T, D] in the dtype of x. Saved for backward: x and the pre-activations [T * k, 2F].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    return pooled_expert_mlp(x, routing, gate_up, down, None)
+
+
+def pooled_expert_mlp(
+    x: Tensor,
+    routing: Routing,
+    gate_up: Tensor,
+    down: Tensor,
+    collector: WeightGradCollector | None,
+) -> Tensor:
+    """expert_mlp whose backward leaves the weight gradients' operands with a collector, if any."""
+    if not isinstance(routing, tuple) or len(routing) != 4:
+        raise TypeError(f"expert_mlp: routing must be a Routing, got {type(routing).__name__}")
+    weights, experts = routing[:2]
+    check_tensors(
+        "expert_mlp",
+        x=x,
+        gate_up=gate_up,
+        down=down,
+        **{"routing.weights": weights, "routing.experts": experts},
+    )
+    if gate_up.dim() != 3:
+        raise ValueError(f"expert_mlp: gate_up must be [M, 2F, D], got {list(gate_up.shape)}")
+    x, gate_up, down = autocast(x, gate_up, down)
+    plan = dispatch_plan(experts, gate_up.shape[0])
+    inputs = (x, weights, gate_up, down)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return ExpertMLP.apply(*inputs, *plan, collector)
+    return _ops.expert_mlp(*inputs, *plan, False)[0]
