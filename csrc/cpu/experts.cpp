@@ -121,7 +121,7 @@ at::Tensor grouped_mm(const at::Tensor& a_in, const at::Tensor& b_in,
     const T* weights = data<T>(b);
     T* y = mutable_data<T>(out);
     zero_rows(y, o[s.experts], s.rows, s.n);
-    parallel_tasks(tasks.size(), [&] {
+    parallel_tasks(tasks.size(), 2.0 * s.rows * s.n * s.k, [&] {
       return [&, w = Worker<K>()](int64_t i) mutable {
         const Task& task = tasks[i];
         const int64_t ld = round_up(task.rows(), kLane);
@@ -162,7 +162,7 @@ at::Tensor grouped_mm_bwd_a(const at::Tensor& grad_in, const at::Tensor& b_in,
     const T* weights = data<T>(b);
     T* dx = mutable_data<T>(out);
     zero_rows(dx, o[s.experts], s.rows, s.k);
-    parallel_tasks(tasks.size(), [&] {
+    parallel_tasks(tasks.size(), 2.0 * s.rows * s.n * s.k, [&] {
       return [&, w = Worker<K>()](int64_t i) mutable {
         const Task& task = tasks[i];
         const int64_t rows = task.rows();
@@ -224,12 +224,14 @@ void weight_gradient(const WgradShape& s, const WgradSegments& segments, int64_t
   const int64_t slabs = (s.n + kSlab - 1) / kSlab;
   const size_t count = segments.grad.size();
   std::vector<SegmentRows<T>> grads, inputs;
+  double flops = 0;
   for (size_t i = 0; i < count; ++i) {
+    flops += 2.0 * data<int32_t>(segments.offsets[i])[s.experts] * s.n * s.k;
     const int32_t* order = segments.order.empty() ? nullptr : data<int32_t>(segments.order[i]);
     grads.push_back({data<T>(segments.grad[i]), order, s.n, grad_top_k});
     inputs.push_back({data<T>(segments.input[i]), order, s.k, input_top_k});
   }
-  parallel_tasks(s.experts * slabs, [&] {
+  parallel_tasks(s.experts * slabs, flops, [&] {
     return [&, w = Worker<K>(), grad_rows = std::vector<const T*>()](int64_t i) mutable {
       const int64_t e = i / slabs;
       const int64_t first = i % slabs * kSlab;
@@ -458,7 +460,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp(const at::Tensor& x, const at::Ten
     T* preact = keep_preact ? mutable_data<T>(out.preact) : nullptr;
     const TokenRows<T> rows(layer, out.y);
     if (keep_preact) zero_rows(preact, layer.valid_rows(), s.rows(), 2 * s.d_ff);
-    parallel_tasks(tasks.size(), [&] {
+    parallel_tasks(tasks.size(), s.flops(), [&] {
       return [&, w = Worker<K>()](int64_t i) mutable {
         forward_task<K>(tasks[i], layer, rows, preact, w);
       };
@@ -550,7 +552,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_bwd(
     }
     zero_rows(p.grad_preact, layer.valid_rows(), s.rows(), 2 * s.d_ff);
     zero_rows(p.hidden, layer.valid_rows(), s.rows(), s.d_ff);
-    parallel_tasks(tasks.size(), [&] {
+    parallel_tasks(tasks.size(), s.flops(), [&] {
       return [&, w = Worker<K>()](int64_t i) mutable {
         backward_task<K>(tasks[i], layer, rows, p, w);
       };

@@ -50,11 +50,15 @@ T* mutable_data(at::Tensor& t) {
 // differ in length. make_worker() is called once a thread and returns the callable, so that scratch
 // memory can live in it. A task writes only its own outputs, so results do not depend on who runs
 // it.
+// flops: of all tasks; a thread more is worth waking for kFlopsPerThread of them.
 template <class MakeWorker>
-void parallel_tasks(int64_t tasks, MakeWorker make_worker) {
+void parallel_tasks(int64_t tasks, double flops, MakeWorker make_worker) {
+  constexpr double kFlopsPerThread = 1e6;
   if (tasks == 0) return;
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
+  const int64_t worthwhile = 1 + static_cast<int64_t>(std::min(flops / kFlopsPerThread, 1e6));
+  const int64_t threads =
+      std::min({static_cast<int64_t>(at::get_num_threads()), tasks, worthwhile});
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     auto worker = make_worker();
     if (begin == end) return;

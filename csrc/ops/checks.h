@@ -116,6 +116,7 @@ struct ExpertShape {
   int64_t d_model;
   int64_t d_ff;
   int64_t rows() const { return tokens * top_k; }
+  double flops() const { return 6.0 * rows() * d_model * d_ff; }  // forward; input gradients too
 };
 
 ExpertShape check_expert_mlp(const at::Tensor& x, const at::Tensor& weights,
