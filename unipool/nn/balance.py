@@ -9,6 +9,18 @@ from torch import Tensor, nn
 from unipool.ops import Routing
 
 
+@torch.library.custom_op("unipool::snapshot", mutates_args=())
+def _snapshot(x: Tensor) -> Tensor:
+    """A copy that torch.compile takes when it is asked for. An ordinary clone it may recompute in
+    the backward, from a buffer that has been overwritten since: silently wrong gradients."""
+    return x.clone()
+
+
+@_snapshot.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
 class PoolBalancer(nn.Module):
     """loss = coefficient * M * sum_e f_e P_e (UniPool, arXiv:2605.06665; Shazeer et al. 2017).
 
@@ -38,7 +50,7 @@ class PoolBalancer(nn.Module):
             raise ValueError(f"PoolBalancer: delay must be 0 or 1, got {delay}")
         super().__init__()
         self.num_experts, self.coefficient, self.delay = num_experts, coefficient, delay
-        self.register_buffer("fraction", torch.zeros(num_experts))
+        self.register_buffer("fraction", torch.zeros(num_experts, dtype=torch.float32))
 
     def forward(self, routings: Sequence[Routing], top_k: int) -> Tensor:
         """The routings of the layers that share the pool, k experts a token -> scalar loss."""
@@ -46,9 +58,9 @@ class PoolBalancer(nn.Module):
         tokens = max(1, sum(routing.experts.shape[0] for routing in routings))
         load = torch.stack([routing.load for routing in routings]).sum(0)
         importance = torch.stack([routing.importance for routing in routings]).sum(0)
-        fraction = load.to(self.fraction.dtype) / (tokens * top_k)
+        fraction = load.float() / (tokens * top_k)
         # A copy: the buffer is overwritten below, before the backward reads it.
-        used = fraction if self.delay == 0 else self.fraction.clone()
+        used = fraction if self.delay == 0 else _snapshot(self.fraction)
         if self.training:
             self.fraction.copy_(fraction)
         mean_importance = importance / tokens

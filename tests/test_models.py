@@ -1,0 +1,639 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UniPoolForCausalLM: numerics against plain PyTorch, balance state, training, saving."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from unipool.models import (
+    UniPoolConfig,
+    UniPoolForCausalLM,
+    UniPoolModel,
+    modeling_unipool,
+    preset,
+)
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    # Far from the default 0.01: at that scale all logits are alike and an error would not show.
+    "initializer_range": 0.2,
+    "balance_coefficient": 0.1,
+}
+NORM = {"router": "norm", "balance": "pool"}
+VANILLA = {"router": "softmax", "num_pools": 4, "balance": "layer", "balance_delay": 0}
+FORMS = {"norm": NORM, "vanilla": VANILLA, "grouped": {"num_pools": 2, "balance_delay": 0}}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return torch.device(request.param)
+
+
+def make_model(**overrides) -> UniPoolForCausalLM:
+    torch.manual_seed(0)
+    return UniPoolForCausalLM(UniPoolConfig(**(SHAPE | overrides)))
+
+
+def make_ids(*shape, seed=1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # 0 is left to padding, which generation tells from the prompt by its id.
+    return torch.randint(1, SHAPE["vocab_size"], shape, generator=generator)
+
+
+def states(model) -> list[torch.Tensor]:
+    return [balancer.fraction.clone() for balancer in model.model.balancers]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_all_equal(actual, expected):
+    assert len(actual) == len(expected) > 0
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_gradients_close(actual, expected, tolerance=1e-5):
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        assert want.abs().max() > 0, name
+        # A router's scale has one element, often a sum that nearly cancels: hence the floor.
+        bound = tolerance * max(want.abs().max().item(), 0.1)
+        assert (actual[name] - want).abs().max() <= bound, name
+
+
+# --- forward ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_output_has_the_documented_shapes(form):
+    model = make_model(**FORMS[form]).train()
+    ids = make_ids(2, 7)
+    output = model(ids, labels=ids, output_hidden_states=True)
+    assert output.logits.shape == (2, 7, 64)
+    assert output.loss.shape == output.lm_loss.shape == output.aux_loss.shape == ()
+    assert torch.equal(output.loss, output.lm_loss + output.aux_loss)
+    assert [h.shape for h in output.hidden_states] == [(2, 7, 32)] * 5
+    assert output.load.shape == (4, 8)
+    assert output.load.sum(1).tolist() == [2 * 7 * 2] * 4
+    for routing in output.routings:
+        assert routing.weights.shape == routing.experts.shape == (14, 2)
+        assert routing.importance.shape == (8,)
+    assert output.past_key_values.get_seq_length() == 7
+    assert model(ids, labels=ids, return_dict=False)[0].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("num_pools", "expected"),
+    [(1, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (3, [0, 0, 1, 2]), (4, [0, 1, 2, 3])],
+)
+def test_layer_l_uses_pool_floor_l_times_g_over_l(monkeypatch, num_pools, expected):
+    model = make_model(num_pools=num_pools)
+    assert len(model.model.pools) == num_pools
+    used = []
+
+    def spy(x, router, experts, original=modeling_unipool.pooled_moe):
+        used.append(experts)
+        return original(x, router, experts)
+
+    monkeypatch.setattr(modeling_unipool, "pooled_moe", spy)
+    model(make_ids(1, 3))
+    pools = list(model.model.pools)
+    assert [pools.index(experts) for experts in used] == expected
+    assert [model.config.pool_index(layer) for layer in range(4)] == expected
+
+
+class PlainMoE(nn.Module):
+    """Softmax, top-k, and a loop over experts with ordinary linear layers."""
+
+    def __init__(self, top_k, renormalize, router, gate_up, down):
+        super().__init__()
+        self.top_k, self.renormalize = top_k, renormalize
+        self.router, self.gate_up, self.down = (
+            nn.Parameter(p.detach().clone()) for p in (router, gate_up, down)
+        )
+
+    def forward(self, hidden):
+        x = hidden.view(-1, hidden.shape[-1])
+        probabilities = F.softmax(F.linear(x, self.router), dim=-1)
+        weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        if self.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        self.fraction = F.one_hot(chosen, len(self.router)).sum((0, 1)) / chosen.numel()
+        self.mean_probability = probabilities.mean(0)
+        rows = [[] for _ in x]
+        for expert in range(len(self.router)):
+            for token, slot in (chosen == expert).nonzero().tolist():
+                gate, up = F.linear(x[token], self.gate_up[expert]).chunk(2)
+                value = F.linear(F.silu(gate) * up, self.down[expert])
+                rows[token].append(weights[token, slot] * value)
+        return torch.stack([sum(row) for row in rows]).view_as(hidden)
+
+
+@pytest.mark.parametrize(("top_k", "renormalize"), [(1, False), (2, False), (2, True)])
+def test_vanilla_form_is_a_softmax_moe(device, top_k, renormalize):
+    model = make_model(**VANILLA, num_experts_per_tok=top_k, norm_topk_prob=renormalize)
+    model = model.to(device).train()
+    config = model.config
+    shared = LlamaConfig().to_dict().keys() & config.to_dict().keys() - {"model_type"}
+    plain = LlamaForCausalLM(LlamaConfig(**{key: getattr(config, key) for key in shared}))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for layer, ours, pool in zip(
+        plain.model.layers, model.model.layers, model.model.pools, strict=True
+    ):
+        weights = (ours.router.weight, pool.gate_up_proj, pool.down_proj)
+        layer.mlp = PlainMoE(top_k, renormalize, *weights)
+    plain = plain.to(device).train()
+
+    ids = make_ids(2, 6).to(device)
+    output, reference = model(ids, labels=ids), plain(ids, labels=ids)
+    aux = sum(
+        config.balance_coefficient * 8 * (layer.mlp.fraction * layer.mlp.mean_probability).sum()
+        for layer in plain.model.layers
+    )
+    torch.testing.assert_close(output.logits, reference.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.loss, reference.loss + aux, rtol=1e-5, atol=1e-5)
+    assert reference.logits.std() > 0.5
+    output.loss.backward()
+    (reference.loss + aux).backward()
+    expected = gradients(plain)
+    for layer in range(4):
+        for theirs, ours in (
+            (f"layers.{layer}.mlp.router", f"layers.{layer}.router.weight"),
+            (f"layers.{layer}.mlp.gate_up", f"pools.{layer}.gate_up_proj"),
+            (f"layers.{layer}.mlp.down", f"pools.{layer}.down_proj"),
+        ):
+            expected[f"model.{ours}"] = expected.pop(f"model.{theirs}")
+    assert_gradients_close(gradients(model), expected, 1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_generation_with_cache_equals_the_full_forward(device, form):
+    model = make_model(**FORMS[form]).to(device).eval()
+    ids = make_ids(2, 5).to(device)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    result = model.generate(
+        ids, **options, use_cache=True, return_dict_in_generate=True, output_logits=True
+    )
+    with torch.no_grad():
+        full = model(result.sequences, use_cache=False).logits[:, 4:-1]
+    cached = torch.stack(result.logits, 1)
+    torch.testing.assert_close(cached, full, rtol=1e-4, atol=1e-4)
+    assert full.std() > 0.5
+    assert torch.equal(result.sequences[:, 5:], full.argmax(-1))
+    assert torch.equal(result.sequences, model.generate(ids, **options, use_cache=False))
+
+
+def test_generation_does_not_depend_on_left_padding():
+    model = make_model().eval()
+    short, long = make_ids(1, 3), make_ids(1, 7, seed=2)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    batch = torch.cat([F.pad(short, (4, 0)), long])
+    mask = torch.ones_like(batch)
+    mask[0, :4] = 0
+    together = model.generate(batch, attention_mask=mask, **options)[:, 7:]
+    assert torch.equal(together[:1], model.generate(short, **options)[:, 3:])
+    assert torch.equal(together[1:], model.generate(long, **options)[:, 7:])
+
+
+def test_padding_is_neither_routed_nor_balanced():
+    model = make_model(balance_delay=0).train()
+    first, second = make_ids(1, 4), make_ids(1, 6, seed=2)
+    batch = torch.cat([F.pad(first, (0, 2)), second])
+    mask = torch.ones_like(batch)
+    mask[0, 4:] = 0
+    output = model(batch, attention_mask=mask)
+    alone = [model(ids) for ids in (first, second)]
+    assert torch.equal(output.load, alone[0].load + alone[1].load)
+    assert output.load.sum(1).tolist() == [10 * 2] * 4
+    torch.testing.assert_close(output.logits[:1, :4], alone[0].logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.logits[1:], alone[1].logits, rtol=1e-4, atol=1e-5)
+    importance = [
+        a.importance + b.importance for a, b in zip(*(o.routings for o in alone), strict=True)
+    ]
+    fraction = output.load.sum(0) / (4 * 10 * 2)
+    expected = 0.1 * 8 * (fraction * (sum(importance) / (4 * 10))).sum()
+    torch.testing.assert_close(output.aux_loss, expected)
+    # The whole batch, masked or not, when there is nothing to leave out.
+    full = model(batch, attention_mask=torch.ones_like(batch))
+    assert torch.equal(full.load, model(batch).load)
+    assert full.load.sum() == 4 * 12 * 2
+
+
+def test_model_refuses_inputs_it_cannot_read():
+    model = make_model()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+
+
+# --- balance ---
+
+
+def by_hand(config, routings, fractions):
+    """Equation (6) of the design for each group of layers; new fractions of the groups."""
+    groups = [[layer] for layer in range(4)]
+    if config.balance == "pool":
+        groups = torch.arange(4).split(4 // config.num_pools)
+    loss, new = 0.0, []
+    for index, group in enumerate(groups):
+        chosen = torch.cat([routings[layer].experts.flatten() for layer in group])
+        fraction = torch.bincount(chosen, minlength=8) / chosen.numel()
+        tokens = sum(len(routings[layer].experts) for layer in group)
+        mean_score = sum(routings[layer].importance for layer in group) / tokens
+        used = fractions[index] if config.balance_delay else fraction
+        loss = loss + config.balance_coefficient * 8 * (used * mean_score).sum()
+        new.append(fraction)
+    return loss, new
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize(
+    ("balance", "num_pools"), [("pool", 1), ("pool", 2), ("pool", 4), ("layer", 1), ("layer", 4)]
+)
+def test_balance_loss_follows_the_equation(balance, num_pools, delay):
+    model = make_model(balance=balance, num_pools=num_pools, balance_delay=delay).train()
+    fractions = [torch.zeros(8)] * (4 if balance == "layer" else num_pools)
+    for step, length in enumerate([9, 5, 7]):  # token counts differ: stored fractions must not mind
+        output = model(make_ids(2, length, seed=step))
+        expected, fractions = by_hand(model.config, output.routings, fractions)
+        torch.testing.assert_close(output.aux_loss, expected)
+        assert (output.aux_loss > 0) == (step > 0 or delay == 0)
+        assert_all_equal(states(model), fractions)
+
+
+def test_no_balance_has_no_state_and_no_loss():
+    model = make_model(balance="none").train()
+    ids = make_ids(2, 5)
+    output = model(ids, labels=ids)
+    assert output.aux_loss == 0
+    assert not [name for name in model.state_dict() if "balancer" in name]
+
+
+def test_evaluation_reports_the_language_loss_and_moves_no_state():
+    model, twin = make_model(), make_model()
+    ids, other = make_ids(2, 6), make_ids(2, 9, seed=2)
+    for each in (model, twin):
+        each.train()
+        each(ids)
+    before = states(model)
+    model.eval()
+    output = model(other, labels=other)
+    assert output.aux_loss is None
+    assert torch.equal(output.loss, output.lm_loss)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), other[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    assert_all_equal(states(model), before)
+    model.train()
+    after = model(ids).aux_loss
+    assert torch.equal(after, twin(ids).aux_loss)
+    assert after > 0
+
+
+@pytest.mark.parametrize("where", ["model.layers.2", "lm_head"])
+def test_an_aborted_micro_batch_leaves_no_trace(where):
+    model, twin = make_model(), make_model()
+    batches = [make_ids(2, 6, seed=seed) for seed in range(3)]
+    for each in (model, twin):
+        each.train()
+        each(batches[0])
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = model.get_submodule(where).register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(batches[1], labels=batches[1])
+    handle.remove()
+    assert_all_equal(states(model), states(twin))
+    for ids in batches[1:]:
+        assert torch.equal(model(ids, labels=ids).loss, twin(ids, labels=ids).loss)
+
+
+def test_two_forwards_may_precede_one_backward():
+    model, twin = make_model().train(), make_model().train()
+    first, second = make_ids(2, 6), make_ids(2, 6, seed=2)
+    (model(first, labels=first).loss + model(second, labels=second).loss).backward()
+    for ids in (first, second):
+        twin(ids, labels=ids).loss.backward()
+    assert_gradients_close(gradients(model), gradients(twin))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}], ids=["default", "reentrant"])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_gradient_checkpointing_changes_nothing(device, options, delay):
+    model, twin = (make_model(balance_delay=delay).to(device).train() for _ in range(2))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    calls = []
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    for step in range(3):
+        ids = make_ids(2, 6, seed=step).to(device)
+        outputs = [each(ids, labels=ids) for each in (model, twin)]
+        for output in outputs:
+            output.loss.backward()
+        torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-6, atol=1e-6)
+        assert torch.equal(outputs[0].load, outputs[1].load)
+        assert_all_equal(states(model), states(twin))
+        assert_gradients_close(gradients(model), gradients(twin))
+    assert len(calls) == 6, "each layer must have been recomputed once a step"
+
+
+# --- training ---
+
+
+def test_accumulated_micro_batches_equal_their_weighted_mean():
+    model = make_model(balance_delay=0).train()
+    batches = [make_ids(2, 9), make_ids(2, 5, seed=2)]
+    labels = [batch.clone() for batch in batches]
+    labels[0][:, :4] = -100
+    targets = [int((label[:, 1:] != -100).sum()) for label in labels]
+    assert targets[0] != targets[1]
+
+    plain = [model(ids, labels=label) for ids, label in zip(batches, labels, strict=True)]
+    expected = sum(n * output.loss for n, output in zip(targets, plain, strict=True)) / sum(targets)
+    expected.backward()
+    expected_gradients = gradients(model)
+    model.zero_grad()
+
+    total = 0.0
+    for ids, label in zip(batches, labels, strict=True):
+        output = model(ids, labels=label, num_items_in_batch=torch.tensor(sum(targets)))
+        assert torch.equal(output.loss, output.lm_loss + output.aux_loss)
+        output.loss.backward()
+        total += output.loss.item()
+    assert total == pytest.approx(expected.item(), rel=1e-6)
+    assert_gradients_close(gradients(model), expected_gradients)
+    assert plain[0].aux_loss > 0.05, "the balance loss must weigh enough for this test to see it"
+
+
+def test_accumulation_equals_one_large_batch_without_balance():
+    model = make_model(balance="none").train()
+    ids = make_ids(4, 7)
+    model(ids, labels=ids).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    for part in ids.split(1):
+        model(part, labels=part, num_items_in_batch=4 * 6).loss.backward()
+    assert_gradients_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_model_learns_a_batch_by_heart(form):
+    model = make_model(**FORMS[form], initializer_range=0.05).train()
+    ids = make_ids(2, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(25):
+        output = model(ids, labels=ids)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.lm_loss.item())
+    assert losses[0] > 4.0
+    assert losses[-1] < 0.5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_distributed_data_parallel_finds_every_parameter_used(tmp_path, form):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = make_model(**FORMS[form]).train()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for step in range(2):  # the second forward raises if the first left a parameter out
+            ids = make_ids(1, 2, seed=step)  # fewer tokens than experts
+            parallel(ids, labels=ids).loss.backward()
+        assert not [n for n, p in model.named_parameters() if p.grad is None]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("form", ["norm", "vanilla"])
+def test_compiles_without_graph_breaks(form):
+    model, twin = (make_model(**FORMS[form], use_cache=False).train() for _ in range(2))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        ids = make_ids(2, 6, seed=step)
+        loss, expected = compiled(ids, labels=ids).loss, twin(ids, labels=ids).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        loss.backward()
+        expected.backward()
+    assert_gradients_close(gradients(model), gradients(twin), 1e-4)
+    torch.testing.assert_close(states(model), states(twin))
+
+
+# --- saving ---
+
+
+def trained(**overrides) -> UniPoolForCausalLM:
+    model = make_model(**overrides).train()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            if hasattr(layer.router, "scale"):
+                layer.router.scale.fill_(1.25)
+    model(make_ids(2, 6))
+    assert all(fraction.sum() > 0.99 for fraction in states(model))
+    return model
+
+
+@pytest.mark.parametrize("shard", ["5GB", "50KB"])
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_model_is_one_copy_and_loads_bit_equal(tmp_path, form, shard):
+    model = trained(**FORMS[form])
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "50KB")
+    loaded, info = UniPoolForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected, actual = model.state_dict(), loaded.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    unique = sum(tensor.nbytes for tensor in expected.values())
+    on_disk = sum(file.stat().st_size for file in files)
+    headers = sum(int.from_bytes(file.read_bytes()[:8], "little") + 8 for file in files)
+    assert on_disk - headers == unique
+    pools = [name for name in expected if name.endswith("gate_up_proj")]
+    assert len(pools) == model.config.num_pools
+    # What is in no state dict: the calibration, and the rotary frequencies.
+    ids = make_ids(2, 6, seed=3)
+    loaded.train()
+    assert torch.equal(loaded(ids, labels=ids).loss, model(ids, labels=ids).loss)
+
+
+def test_bytes_on_disk_stay_within_a_hundredth_of_the_parameters(tmp_path):
+    model = UniPoolForCausalLM(preset("tiny"))
+    model.save_pretrained(tmp_path)
+    on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    unique = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+    assert unique <= on_disk <= 1.01 * unique
+
+
+def test_auto_classes_load_in_a_fresh_process(tmp_path):
+    model = trained().eval()
+    model.save_pretrained(tmp_path)
+    program = (
+        "import json, sys, torch, unipool.models\n"
+        "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM\n"
+        "path, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))\n"
+        "model = AutoModelForCausalLM.from_pretrained(path)\n"
+        "names = [type(model), type(AutoModel.from_pretrained(path)), type(model.config)]\n"
+        "assert type(AutoConfig.from_pretrained(path)) is type(model.config)\n"
+        "with torch.no_grad():\n"
+        "    logits = model(ids).logits\n"
+        "print(json.dumps([[n.__name__ for n in names], logits.flatten().tolist()]))\n"
+    )
+    ids = make_ids(1, 4)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), json.dumps(ids.tolist())],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    names, logits = json.loads(result.stdout.splitlines()[-1])
+    assert names == ["UniPoolForCausalLM", "UniPoolModel", "UniPoolConfig"]
+    with torch.no_grad():
+        expected = model(ids).logits.flatten()
+    torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_backbone_loads_from_the_saved_language_model(tmp_path):
+    model = trained().eval()
+    model.save_pretrained(tmp_path)
+    backbone = UniPoolModel.from_pretrained(tmp_path).eval()
+    ids = make_ids(2, 5)
+    expected = model(ids, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(backbone(ids).last_hidden_state, expected)
+
+
+def test_tied_embeddings_are_saved_once(tmp_path):
+    model = trained(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert on_disk <= 1.1 * sum(p.nbytes for p in model.parameters())
+
+
+def test_bfloat16_keeps_router_scale_and_balance_state_in_float32(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    loaded = UniPoolForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
+    wide = {n for n, t in loaded.state_dict().items() if t.dtype == torch.float32}
+    assert wide == {n for n in loaded.state_dict() if "router.scale" in n or "balancers" in n}
+    assert_all_equal(states(loaded), states(model))
+    ids = make_ids(2, 6)
+    output, expected = loaded(ids, labels=ids), model(ids, labels=ids)
+    assert output.logits.dtype == torch.bfloat16
+    assert abs(output.loss - expected.loss) < 0.05 * expected.loss
+    output.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in loaded.parameters())
+
+
+def test_dtype_conversions_keep_the_model_working():
+    model = trained()
+    ids = make_ids(2, 6)
+    expected = model(ids, labels=ids).lm_loss
+    for convert in (model.bfloat16, model.float, model.double):
+        convert()
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        assert abs(output.lm_loss - expected) < 0.05 * expected
+        output.loss.backward()
+        assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+def test_initialization_has_the_configured_spread():
+    model = UniPoolForCausalLM(preset("tiny", initializer_range=0.03))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "scale" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.03, rel=0.1), name
+            assert parameter.mean().abs() < 0.003, name
+    assert all((fraction == 0).all() for fraction in states(model))
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts": 0}, "num_experts must be a positive integer, got 0"),
+        ({"num_experts": "8"}, "num_experts must be a positive integer, got '8'"),
+        ({"hidden_size": 31.5}, "hidden_size must be a positive integer, got 31.5"),
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok must be in \[1, 8\].*, got 9"),
+        ({"num_experts": 64, "num_experts_per_tok": 17}, r"must be in \[1, 16\].*, got 17"),
+        ({"num_pools": 5}, r"num_pools must be in \[1, num_hidden_layers=4\], got 5"),
+        ({"num_pools": 0}, "num_pools must be a positive integer, got 0"),
+        ({"router": "hash"}, "router must be one of .*'norm', 'softmax'.*, got 'hash'"),
+        ({"balance": "expert"}, "balance must be one of .*, got 'expert'"),
+        ({"balance_delay": 2}, "balance_delay must be 0 or 1, got 2"),
+        ({"balance_coefficient": float("nan")}, "balance_coefficient must be a finite .* got nan"),
+        ({"balance_coefficient": -1.0}, "balance_coefficient must be a finite .* got -1.0"),
+        ({"norm_topk_prob": True}, "norm_topk_prob must be False unless router"),
+        (
+            {"norm_topk_prob": True, "router": "softmax", "num_experts_per_tok": 1},
+            "norm_topk_prob must be False with num_experts_per_tok=1",
+        ),
+        ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads=5"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3, got 4"),
+        ({"hidden_size": 12}, "head_dim must be even for RoPE, got 3"),
+        ({"hidden_act": "gelu"}, 'hidden_act must be "silu"'),
+        ({"initializer_range": 0}, "initializer_range must be a finite number"),
+        ({"rope_theta": -1.0}, "rope_theta must be a finite number .*, got -1.0"),
+        ({"rope_parameters": 3}, "rope_parameters must be a dict, got 3"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type must be one of .* 'spiral'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: .*'factor'"),
+        ({"pad_token_id": 64}, r"pad_token_id must be in \[0, vocab_size=64\), got 64"),
+        ({"format_version": 2}, r"format_version must be in \[1, 1\] .*newer.*, got 2"),
+    ],
+)
+def test_impossible_configuration_is_one_clear_line(values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        UniPoolConfig(**(SHAPE | values))
+    assert str(caught.value).startswith("UniPoolConfig: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_configuration_changed_afterwards_is_checked_again(tmp_path):
+    config = UniPoolConfig(**SHAPE)
+    config.num_pools = 9
+    with pytest.raises(ValueError, match="num_pools must be in"):
+        UniPoolModel(config)
+    with pytest.raises(ValueError, match="num_pools must be in"):
+        config.save_pretrained(tmp_path)
+
+
+def test_configuration_survives_the_file(tmp_path):
+    config = UniPoolConfig(**(SHAPE | VANILLA), rope_theta=5e4)
+    config.save_pretrained(tmp_path)
+    loaded = UniPoolConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.rope_parameters == {"rope_type": "default", "rope_theta": 5e4}
+    assert UniPoolConfig(**SHAPE).rope_parameters["rope_theta"] == 1e6
+    newer = json.loads((tmp_path / "config.json").read_text()) | {"format_version": 7}
+    (tmp_path / "config.json").write_text(json.dumps(newer))
+    with pytest.raises(ValueError, match="newer UniPool"):
+        UniPoolConfig.from_pretrained(tmp_path)
