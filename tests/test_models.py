@@ -114,8 +114,8 @@ def test_layer_l_uses_pool_floor_l_times_g_over_l(monkeypatch, num_pools, expect
 
     monkeypatch.setattr(modeling_unipool, "pooled_moe", spy)
     model(make_ids(1, 3))
-    pools = list(model.model.pools)
-    assert [pools.index(experts) for experts in used] == expected
+    pools = [pool.gate_up_proj.data_ptr() for pool in model.model.pools]
+    assert [pools.index(experts.gate_up.data_ptr()) for experts in used] == expected
     assert [model.config.pool_index(layer) for layer in range(4)] == expected
 
 

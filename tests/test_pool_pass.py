@@ -403,3 +403,26 @@ def test_distributed_data_parallel_averages_the_gradients(mode):
         worker.join(60)
         assert worker.exitcode == 0
     assert_equal(got, {name: g / 2 for name, g in expected(2).items()})
+
+
+@pytest.mark.parametrize("mode", MERGED)
+def test_model_trains_as_with_autograd(mode):
+    """Thirty steps of a small language model: the loss curves agree to float32 noise."""
+    models = pytest.importorskip("unipool.models")
+    curves = {}
+    for way in (mode, "autograd"):
+        torch.manual_seed(0)
+        config = models.preset("tiny", "unipool", weight_grad=way)
+        model = models.UniPoolForCausalLM(config).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        curves[way] = []
+        for step in range(30):
+            generator = torch.Generator().manual_seed(step % 4)
+            ids = torch.randint(0, 64, (2, 33), generator=generator)
+            loss = model(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[way].append(loss.item())
+    assert curves[mode][-1] < 0.8 * curves[mode][0]
+    torch.testing.assert_close(curves[mode], curves["autograd"], rtol=1e-4, atol=0)

@@ -7,6 +7,8 @@ from typing import ClassVar
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..nn.pool_pass import WEIGHT_GRADS
+
 FORMAT_VERSION = 1
 ROUTERS = ("norm", "softmax")
 BALANCES = ("pool", "layer", "none")
@@ -39,6 +41,8 @@ class UniPoolConfig(PreTrainedConfig):
     `balance`: "pool" (one loss a pool over all its layers), "layer" (one loss a layer) or "none";
     `balance_coefficient` is its weight, and `balance_delay` tells whether the expert fractions come
     from the previous micro-batch (1, as published) or from the same one (0, exact).
+    `weight_grad`: how the layers' gradients of a pool are summed: "deferred" (one product for all
+    layers), "accumulate" or "autograd"; see ExpertPool. Equal but for rounding.
     The softmax router with G = num_hidden_layers and balance = "layer" is the usual MoE baseline.
 
     The rest means what it means in LlamaConfig; RoPE follows transformers 5 (`rope_parameters`, or
@@ -83,6 +87,7 @@ class UniPoolConfig(PreTrainedConfig):
     balance: str = "pool"
     balance_coefficient: float = 1e-2
     balance_delay: int = 1
+    weight_grad: str = "deferred"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -165,6 +170,10 @@ class UniPoolConfig(PreTrainedConfig):
             f"num_experts_per_tok must be in [1, {min(self.num_experts, MAX_TOP_K)}] "
             f"(at most num_experts={self.num_experts} and {MAX_TOP_K}), "
             f"got {self.num_experts_per_tok}",
+        )
+        _check(
+            self.weight_grad in WEIGHT_GRADS,
+            f"weight_grad must be one of {WEIGHT_GRADS}, got {self.weight_grad!r}",
         )
         _check(self.router in ROUTERS, f"router must be one of {ROUTERS}, got {self.router!r}")
         if self.norm_topk_prob:

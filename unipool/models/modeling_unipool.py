@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..nn import ExpertPool, NormRouter, PoolBalancer, SoftmaxRouter, pooled_moe
+from ..nn import ExpertPool, NormRouter, PoolBalancer, PoolPass, SoftmaxRouter, pooled_moe
 from ..ops import Routing
 from .configuration_unipool import UniPoolConfig
 
@@ -72,7 +72,7 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        experts: ExpertPool,
+        experts: PoolPass,
         tokens: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, ...]:
@@ -144,7 +144,12 @@ class UniPoolModel(UniPoolPreTrainedModel):
             UniPoolDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.pools = nn.ModuleList(
-            ExpertPool(config.num_experts, config.hidden_size, config.intermediate_size)
+            ExpertPool(
+                config.num_experts,
+                config.hidden_size,
+                config.intermediate_size,
+                config.weight_grad,
+            )
             for _ in range(config.num_pools)
         )
         self.balancers = nn.ModuleList(
@@ -192,11 +197,13 @@ class UniPoolModel(UniPoolPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         tokens = _unpadded_tokens(attention_mask, *hidden_states.shape[:2])
 
+        # Layers leave their weight gradients with the pass; see nn/pool_pass.py.
+        passes = [pool.begin_pass() for pool in self.pools]
         routings = []
         for index, layer in enumerate(self.layers):
             hidden_states, *routing = layer(
                 hidden_states,
-                experts=self.pools[self.config.pool_index(index)],
+                experts=passes[self.config.pool_index(index)],
                 tokens=tokens,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
