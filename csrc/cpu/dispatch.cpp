@@ -13,6 +13,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd/loops.h"
 #include "ops/checks.h"
+#include "unipool/nvtx.h"
 
 namespace unipool::cpu {
 namespace {
@@ -29,6 +30,7 @@ struct Block {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dispatch_plan(at::TensorList experts,
                                                              int64_t num_experts) {
+  UNIPOOL_NVTX_RANGE("dispatch_plan");
   const auto shape = check_dispatch_plan(experts, num_experts);
   auto out = alloc_dispatch_plan(shape, experts[0]);
   int32_t* order = mutable_data<int32_t>(out.order);
@@ -84,6 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dispatch_plan(at::TensorList expe
 }
 
 at::Tensor permute(const at::Tensor& x_in, const at::Tensor& order_in, int64_t top_k) {
+  UNIPOOL_NVTX_RANGE("permute");
   const auto s = check_permute(x_in, order_in, top_k);
   const auto x = x_in.contiguous();
   const auto order = order_in.contiguous();
@@ -107,6 +110,7 @@ at::Tensor permute(const at::Tensor& x_in, const at::Tensor& order_in, int64_t t
 
 at::Tensor unpermute(const at::Tensor& y_in, const at::Tensor& inverse_in,
                      const OptionalTensor& weights_in) {
+  UNIPOOL_NVTX_RANGE("unpermute");
   const auto s = check_unpermute(y_in, inverse_in, weights_in);
   const auto y = y_in.contiguous();
   const auto inverse = inverse_in.contiguous();
@@ -140,6 +144,7 @@ std::tuple<at::Tensor, at::Tensor> unpermute_bwd(const at::Tensor& grad_in, cons
                                                  const at::Tensor& order_in,
                                                  const at::Tensor& inverse_in,
                                                  const at::Tensor& weights_in) {
+  UNIPOOL_NVTX_RANGE("unpermute_bwd");
   const auto s = check_unpermute_bwd(grad_in, y_in, order_in, inverse_in, weights_in);
   const auto grad = grad_in.contiguous();
   const auto y = y_in.contiguous();

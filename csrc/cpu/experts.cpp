@@ -21,6 +21,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd/loops.h"
 #include "ops/checks.h"
+#include "unipool/nvtx.h"
 
 namespace unipool::cpu {
 namespace {
@@ -106,6 +107,7 @@ void zero_rows(T* x, int64_t begin, int64_t end, int64_t width) {
 
 at::Tensor grouped_mm(const at::Tensor& a_in, const at::Tensor& b_in,
                       const at::Tensor& offsets_in) {
+  UNIPOOL_NVTX_RANGE("grouped_mm");
   const auto s = check_grouped_mm(a_in, b_in, offsets_in);
   const auto a = a_in.contiguous();
   const auto b = b_in.contiguous();
@@ -147,6 +149,7 @@ at::Tensor grouped_mm(const at::Tensor& a_in, const at::Tensor& b_in,
 
 at::Tensor grouped_mm_bwd_a(const at::Tensor& grad_in, const at::Tensor& b_in,
                             const at::Tensor& offsets_in) {
+  UNIPOOL_NVTX_RANGE("grouped_mm_bwd_a");
   const auto s = check_grouped_mm_bwd_a(grad_in, b_in, offsets_in);
   const auto grad = grad_in.contiguous();
   const auto b = b_in.contiguous();
@@ -275,6 +278,7 @@ void weight_gradient(const WgradShape& s, const WgradSegments& segments, int64_t
 at::Tensor grouped_wgrad(at::TensorList grad, at::TensorList input, at::TensorList order,
                          at::TensorList offsets, int64_t grad_top_k, int64_t input_top_k,
                          std::optional<at::ScalarType> out_dtype) {
+  UNIPOOL_NVTX_RANGE("grouped_wgrad");
   const auto s = check_grouped_wgrad(grad, input, order, offsets, grad_top_k, input_top_k);
   const auto dtype = check_wgrad_dtype(grad, out_dtype);
   const WgradSegments segments(s, grad, input, order, offsets, grad_top_k);
@@ -295,6 +299,7 @@ at::Tensor grouped_wgrad(at::TensorList grad, at::TensorList input, at::TensorLi
 void grouped_wgrad_(at::Tensor& sum, at::TensorList grad, at::TensorList input,
                     at::TensorList order, at::TensorList offsets, int64_t grad_top_k,
                     int64_t input_top_k) {
+  UNIPOOL_NVTX_RANGE("grouped_wgrad_");
   const auto s = check_grouped_wgrad(grad, input, order, offsets, grad_top_k, input_top_k);
   check_wgrad_sum(sum, s, grad);
   const WgradSegments segments(s, grad, input, order, offsets, grad_top_k);
@@ -450,6 +455,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp(const at::Tensor& x, const at::Ten
                                               const at::Tensor& gate_up, const at::Tensor& down,
                                               const at::Tensor& order, const at::Tensor& inverse,
                                               const at::Tensor& offsets, bool keep_preact) {
+  UNIPOOL_NVTX_RANGE("expert_mlp");
   const auto s = check_expert_mlp(x, weights, gate_up, down, order, inverse, offsets);
   const Layer layer("expert_mlp", s, x, weights, gate_up, down, order, inverse, offsets);
   auto out = alloc_expert_mlp(s, layer.x, keep_preact);
@@ -533,6 +539,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_bwd(
     const at::Tensor& grad, const at::Tensor& weights, const at::Tensor& gate_up,
     const at::Tensor& down, const at::Tensor& order, const at::Tensor& inverse,
     const at::Tensor& offsets, const at::Tensor& preact_in) {
+  UNIPOOL_NVTX_RANGE("expert_mlp_bwd");
   const auto s =
       check_expert_mlp_bwd(grad, weights, gate_up, down, order, inverse, offsets, preact_in);
   const Layer layer("expert_mlp_bwd", s, grad, weights, gate_up, down, order, inverse, offsets);

@@ -13,6 +13,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd/loops.h"
 #include "ops/checks.h"
+#include "unipool/nvtx.h"
 
 namespace unipool::cpu {
 namespace {
@@ -116,6 +117,7 @@ std::pair<at::Tensor, acc_t<T>> route_bwd(const RouterShape& s, const OptionalTe
 RouterResult norm_topk(const at::Tensor& logits, const at::Tensor& scale, int64_t top_k,
                        double calibration, double eps, const OptionalTensor& bias,
                        const OptionalTensor& mask) {
+  UNIPOOL_NVTX_RANGE("norm_topk");
   const auto shape = check_norm_topk(logits, scale, top_k, calibration, eps, bias, mask);
   return for_dtype(logits.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -132,6 +134,7 @@ std::tuple<at::Tensor, at::Tensor> norm_topk_bwd(const OptionalTensor& grad_weig
                                                  const at::Tensor& logits, const at::Tensor& scale,
                                                  const at::Tensor& experts, double calibration,
                                                  double eps, const OptionalTensor& mask) {
+  UNIPOOL_NVTX_RANGE("norm_topk_bwd");
   const auto shape =
       check_norm_topk_bwd(grad_weights, grad_importance, logits, scale, experts, eps, mask);
   return for_dtype(logits.scalar_type(), [&](auto tag) {
@@ -151,6 +154,7 @@ std::tuple<at::Tensor, at::Tensor> norm_topk_bwd(const OptionalTensor& grad_weig
 
 RouterResult softmax_topk(const at::Tensor& logits, int64_t top_k, bool renormalize,
                           const OptionalTensor& bias, const OptionalTensor& mask) {
+  UNIPOOL_NVTX_RANGE("softmax_topk");
   const auto shape = check_softmax_topk(logits, top_k, renormalize, bias, mask);
   return for_dtype(logits.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -163,6 +167,7 @@ at::Tensor softmax_topk_bwd(const OptionalTensor& grad_weights,
                             const OptionalTensor& grad_importance, const at::Tensor& logits,
                             const at::Tensor& experts, bool renormalize,
                             const OptionalTensor& mask) {
+  UNIPOOL_NVTX_RANGE("softmax_topk_bwd");
   const auto shape =
       check_softmax_topk_bwd(grad_weights, grad_importance, logits, experts, renormalize, mask);
   return for_dtype(logits.scalar_type(), [&](auto tag) {

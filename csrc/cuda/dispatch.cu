@@ -115,7 +115,7 @@ __global__ __launch_bounds__(kWarp* kScanRows) void scan_kernel(int32_t* counts,
 // first[e] = sum of totals below e, for all e <= M. warp_sums: [kWarps] shared.
 __device__ __forceinline__ void scan_experts(const int32_t* totals, int experts, int32_t* first,
                                              int32_t* warp_sums) {
-  constexpr int kEach = kMaxExperts / kThreads;
+  constexpr int kEach = kExpertLimit / kThreads;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int total[kEach], sum = 0;
 #pragma unroll
@@ -274,7 +274,7 @@ __global__ __launch_bounds__(kThreads) void unpermute_kernel(const UnpermuteArgs
 // One warp a token. Reads (T + N) * D elements (a token's further reads of grad are from cache) and
 // writes N * D.
 template <class T, int kVec>
-__global__ __launch_bounds__(kThreads, 4) void unpermute_bwd_kernel(const UnpermuteBwdArgs args) {
+__global__ __launch_bounds__(kThreads, 3) void unpermute_bwd_kernel(const UnpermuteBwdArgs args) {
   using V = Vec<T, kVec>;
   const int64_t token = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (token >= args.tokens) return;
@@ -343,7 +343,7 @@ size_t dispatch_plan_workspace_bytes(int64_t slots, int num_experts) {
 
 cudaError_t launch_dispatch_plan(const DispatchPlanArgs& args, cudaStream_t stream) {
   const int experts = args.num_experts;
-  if (experts < 1 || experts > kMaxExperts || args.segments < 0 || args.segments > kMaxSegments) {
+  if (experts < 1 || experts > kExpertLimit || args.segments < 0 || args.segments > kMaxSegments) {
     return cudaErrorInvalidValue;
   }
   Segments segments{};

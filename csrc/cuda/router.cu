@@ -19,8 +19,9 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kMaxBlocks = 4 * 132;  // 4 blocks on each multiprocessor of an H100
-constexpr int kSumRows = 32;         // rows that column_sums_kernel takes at once
+constexpr int kMultiprocessors = 132;  // of an H100; a grid is one wave there
+constexpr int kMaxBlocks = 3 * kMultiprocessors;
+constexpr int kSumRows = 32;  // rows that column_sums_kernel takes at once
 
 // Tokens of a group: first, first + stride, ... `first` of a warp's groups are neighbours.
 template <class L>
@@ -152,14 +153,15 @@ __device__ __forceinline__ void topk_rows(const RouterArgs& a, const Score& scor
 }
 
 template <class L>
-__global__ __launch_bounds__(kThreads) void norm_topk_kernel(const NormTopkArgs args,
-                                                             const Partials out) {
+__global__ __launch_bounds__(kThreads, L::kResident) void norm_topk_kernel(const NormTopkArgs args,
+                                                                           const Partials out) {
   topk_rows<L>(args.router, NormScore{__ldg(args.scale) * args.calibration, args.eps}, out);
 }
 
 template <class L>
-__global__ __launch_bounds__(kThreads) void softmax_topk_kernel(const SoftmaxTopkArgs args,
-                                                                const Partials out) {
+__global__ __launch_bounds__(kThreads,
+                             L::kResident) void softmax_topk_kernel(const SoftmaxTopkArgs args,
+                                                                    const Partials out) {
   topk_rows<L>(args.router, SoftmaxScore{args.renormalize}, out);
 }
 
@@ -257,8 +259,9 @@ __device__ __forceinline__ float topk_rows_bwd(const RouterBwdArgs& a, const Sco
 }
 
 template <class L>
-__global__ __launch_bounds__(kThreads) void norm_topk_bwd_kernel(const NormTopkBwdArgs args,
-                                                                 float* partial_scale) {
+__global__ __launch_bounds__(kThreads,
+                             L::kResident) void norm_topk_bwd_kernel(const NormTopkBwdArgs args,
+                                                                     float* partial_scale) {
   const NormScore score{__ldg(args.scale) * args.calibration, args.eps};
   float total = topk_rows_bwd<L>(args.router, score);
   UNIPOOL_SHARED_ARRAY(float, kWarps, sums);
@@ -273,7 +276,8 @@ __global__ __launch_bounds__(kThreads) void norm_topk_bwd_kernel(const NormTopkB
 }
 
 template <class L>
-__global__ __launch_bounds__(kThreads) void softmax_topk_bwd_kernel(const SoftmaxTopkBwdArgs args) {
+__global__ __launch_bounds__(kThreads, L::kResidentBwd) void softmax_topk_bwd_kernel(
+    const SoftmaxTopkBwdArgs args) {
   topk_rows_bwd<L>(args.router, SoftmaxScore{args.renormalize});
 }
 
@@ -322,13 +326,14 @@ cudaError_t with_layout(DType dtype, int experts, const void* logits, const void
 }
 
 template <class L>
-int blocks_for(int64_t tokens) {
-  return int(std::min<int64_t>(ceil_div(tokens, int64_t(kWarps) * L::kGroups), kMaxBlocks));
+int blocks_for(int64_t tokens, int resident) {
+  const int64_t wanted = ceil_div(tokens, int64_t(kWarps) * L::kGroups);
+  return int(std::min<int64_t>(wanted, resident * kMultiprocessors));
 }
 
 bool supported(int64_t tokens, int experts, int top_k) {
-  return tokens >= 0 && experts >= 1 && experts <= kMaxExperts && top_k >= 1 &&
-         top_k <= std::min(experts, kMaxTopK);
+  return tokens >= 0 && experts >= 1 && experts <= kExpertLimit && top_k >= 1 &&
+         top_k <= std::min(experts, kTopKLimit);
 }
 
 template <class Args, class KernelOf>
@@ -337,7 +342,7 @@ cudaError_t launch_topk(const Args& args, KernelOf kernel_of, cudaStream_t strea
   if (!supported(a.tokens, a.num_experts, a.top_k)) return cudaErrorInvalidValue;
   return with_layout(a.dtype, a.num_experts, a.logits, nullptr, [&](auto layout) {
     using L = decltype(layout);
-    const int blocks = blocks_for<L>(a.tokens);
+    const int blocks = blocks_for<L>(a.tokens, L::kResident);
     float* sums = static_cast<float*>(a.workspace);
     const Partials partials{sums,
                             reinterpret_cast<int32_t*>(sums + int64_t(blocks) * a.num_experts)};
@@ -379,7 +384,7 @@ cudaError_t launch_norm_topk_bwd(const NormTopkBwdArgs& args, cudaStream_t strea
   if (!supported(a.tokens, a.num_experts, a.top_k)) return cudaErrorInvalidValue;
   return with_layout(a.dtype, a.num_experts, a.logits, a.grad_logits, [&](auto layout) {
     using L = decltype(layout);
-    const int blocks = blocks_for<L>(a.tokens);
+    const int blocks = blocks_for<L>(a.tokens, L::kResidentBwd);
     float* partial_scale = static_cast<float*>(a.workspace);
     if (blocks > 0) {
       const cudaError_t error = launch(norm_topk_bwd_kernel<L>, dim3(blocks), dim3(kThreads), 0,
@@ -397,8 +402,8 @@ cudaError_t launch_softmax_topk_bwd(const SoftmaxTopkBwdArgs& args, cudaStream_t
   if (a.tokens == 0) return cudaSuccess;
   return with_layout(a.dtype, a.num_experts, a.logits, a.grad_logits, [&](auto layout) {
     using L = decltype(layout);
-    return launch(softmax_topk_bwd_kernel<L>, dim3(blocks_for<L>(a.tokens)), dim3(kThreads), 0,
-                  stream, args);
+    return launch(softmax_topk_bwd_kernel<L>, dim3(blocks_for<L>(a.tokens, L::kResidentBwd)),
+                  dim3(kThreads), 0, stream, args);
   });
 }
 

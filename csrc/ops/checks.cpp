@@ -150,7 +150,8 @@ void check_scale(const Checker& check, const at::Tensor& logits, const at::Tenso
                     scale.sizes());
   check.dtype("scale", scale, acc_type(logits.scalar_type()));
   check.same_device("scale", scale, "logits", logits);
-  TORCH_CHECK_VALUE(eps > 0, check.op(), ": eps must be positive, got ", eps);
+  TORCH_CHECK_VALUE(eps > 0 && eps <= std::numeric_limits<double>::max(), check.op(),
+                    ": eps must be positive and finite, got ", eps);
 }
 
 RouterShape check_router_bwd(const Checker& check, const OptionalTensor& grad_weights,

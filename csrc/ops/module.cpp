@@ -13,6 +13,8 @@ py::dict build_info() {
   info["torch"] = UNIPOOL_TORCH_VERSION;
   info["compiler"] = UNIPOOL_COMPILER;
   info["build_type"] = UNIPOOL_BUILD_TYPE;
+  info["cuda"] = UNIPOOL_CUDA_VERSION;  // empty without CUDA ops
+  info["cuda_architectures"] = UNIPOOL_CUDA_ARCHITECTURES;
   return info;
 }
 

@@ -22,10 +22,22 @@ def check_int(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
 
 
+def check_devices(op: str, **tensors: Tensor | None) -> None:
+    """For the fakes, which also run when an argument is on the meta device and others are not."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, device = next((name, t.device) for name, t in given.items())
+    for name, t in given.items():
+        if t.device != device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of {first} ({device}), got {t.device}"
+            )
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype of their device, where autocast is on, as for matmul."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    castable = [t.is_floating_point() and t.dtype != torch.float64 for t in tensors]
+    return tuple(t.to(dtype) if cast else t for t, cast in zip(tensors, castable, strict=True))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unipool.ops._common import check_int, check_tensors
+from unipool.ops._common import check_devices, check_int, check_tensors
 
 _ops = torch.ops.unipool
 
@@ -29,6 +29,7 @@ class DispatchPlan(NamedTuple):
 
 @torch.library.register_fake("unipool::dispatch_plan")
 def _(experts, num_experts):
+    check_devices("dispatch_plan", **{f"experts[{i}]": t for i, t in enumerate(experts)})
     tokens = sum(layer.shape[0] for layer in experts)
     top_k = experts[0].shape[1]
     like = experts[0]
@@ -41,16 +42,19 @@ def _(experts, num_experts):
 
 @torch.library.register_fake("unipool::permute")
 def _(x, order, top_k):
+    check_devices("permute", x=x, order=order)
     return x.new_empty((order.shape[0], x.shape[1]))
 
 
 @torch.library.register_fake("unipool::unpermute")
 def _(y, inverse, weights):
+    check_devices("unpermute", y=y, inverse=inverse, weights=weights)
     return y.new_empty((inverse.shape[0], y.shape[1]))
 
 
 @torch.library.register_fake("unipool::unpermute_bwd")
 def _(grad, y, order, inverse, weights):
+    check_devices("unpermute_bwd", y=y, grad=grad, order=order, inverse=inverse, weights=weights)
     return y.new_empty(y.shape), weights.new_empty(weights.shape)
 
 
@@ -109,11 +113,19 @@ class WeightedUnpermute(torch.autograd.Function):
 def _check_plan(op: str, plan: DispatchPlan) -> None:
     if not isinstance(plan, tuple) or len(plan) != 3:
         raise TypeError(f"{op}: plan must be a DispatchPlan, got {type(plan).__name__}")
-    check_tensors(
-        op, **{f"plan.{name}": t for name, t in zip(DispatchPlan._fields, plan, strict=True)}
-    )
-    if plan[1].dim() != 2:
-        raise ValueError(f"{op}: plan.inverse must be [T, k], got {list(plan[1].shape)}")
+    named = {f"plan.{name}": t for name, t in zip(DispatchPlan._fields, plan, strict=True)}
+    check_tensors(op, **named)
+    order, inverse, _ = plan
+    if inverse.dim() != 2:
+        raise ValueError(f"{op}: plan.inverse must be [T, k], got {list(inverse.shape)}")
+    if order.shape != (inverse.numel(),):
+        raise ValueError(
+            f"{op}: plan.order must be [T * k] = [{inverse.numel()}], got {list(order.shape)}"
+        )
+    check_devices(op, **named)
+    for name, index in (("order", order), ("inverse", inverse)):
+        if index.dtype != torch.int32:
+            raise TypeError(f"{op}: plan.{name} must be int32, got {index.dtype}")
 
 
 def dispatch_plan(experts: Tensor | Sequence[Tensor], num_experts: int) -> DispatchPlan:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unipool.ops._common import autocast, check_tensors
+from unipool.ops._common import autocast, check_devices, check_tensors
 from unipool.ops.dispatch import dispatch_plan
 from unipool.ops.router import Routing
 
@@ -36,33 +36,46 @@ class WeightGradCollector(Protocol):
 
 @torch.library.register_fake("unipool::grouped_mm")
 def _(a, b, offsets):
+    check_devices("grouped_mm", a=a, b=b, offsets=offsets)
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
 @torch.library.register_fake("unipool::grouped_mm_bwd_a")
 def _(grad, b, offsets):
+    check_devices("grouped_mm_bwd_a", grad=grad, b=b, offsets=offsets)
     return grad.new_empty((grad.shape[0], b.shape[2]))
+
+
+def _check_segments(op: str, **lists: list[Tensor]) -> None:
+    check_devices(op, **{f"{name}[{i}]": t for name, ts in lists.items() for i, t in enumerate(ts)})
 
 
 @torch.library.register_fake("unipool::grouped_wgrad")
 def _(grad, input, order, offsets, grad_top_k, input_top_k, out_dtype=None):
+    _check_segments("grouped_wgrad", grad=grad, input=input, order=order, offsets=offsets)
     shape = (offsets[0].shape[0] - 1, grad[0].shape[1], input[0].shape[1])
     return grad[0].new_empty(shape, dtype=out_dtype or grad[0].dtype)
 
 
 @torch.library.register_fake("unipool::grouped_wgrad_")
 def _(sum, grad, input, order, offsets, grad_top_k, input_top_k):
+    lists = {"grad": grad, "input": input, "order": order, "offsets": offsets}
+    _check_segments("grouped_wgrad_", sum=[sum], **lists)
     return None
 
 
 @torch.library.register_fake("unipool::expert_mlp")
 def _(x, weights, gate_up, down, order, inverse, offsets, keep_preact):
+    plan = {"order": order, "inverse": inverse, "offsets": offsets}
+    check_devices("expert_mlp", x=x, weights=weights, gate_up=gate_up, down=down, **plan)
     rows = order.shape[0] if keep_preact else 0
     return x.new_empty(x.shape), x.new_empty((rows, gate_up.shape[1]))
 
 
 @torch.library.register_fake("unipool::expert_mlp_bwd")
 def _(grad, weights, gate_up, down, order, inverse, offsets, preact):
+    plan = {"order": order, "inverse": inverse, "offsets": offsets, "preact": preact}
+    check_devices("expert_mlp_bwd", grad=grad, weights=weights, gate_up=gate_up, down=down, **plan)
     return (
         grad.new_empty(grad.shape),
         weights.new_empty(weights.shape),
@@ -188,8 +201,16 @@ def pooled_expert_mlp(
         down=down,
         **{"routing.weights": weights, "routing.experts": experts},
     )
-    if gate_up.dim() != 3:
-        raise ValueError(f"expert_mlp: gate_up must be [M, 2F, D], got {list(gate_up.shape)}")
+    if gate_up.dim() != 3 or gate_up.shape[0] < 1:
+        raise ValueError(
+            f"expert_mlp: gate_up must be [M, 2F, D] with M >= 1, got {list(gate_up.shape)}"
+        )
+    if experts.dim() != 2 or experts.shape[1] < 1:
+        raise ValueError(
+            f"expert_mlp: routing.experts must be [T, k] with k >= 1, got {list(experts.shape)}"
+        )
+    if experts.dtype != torch.int32:
+        raise TypeError(f"expert_mlp: routing.experts must be int32, got {experts.dtype}")
     x, gate_up, down = autocast(x, gate_up, down)
     plan = dispatch_plan(experts, gate_up.shape[0])
     inputs = (x, weights, gate_up, down)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unipool.ops._common import acc_dtype, check_int, check_tensors
+from unipool.ops._common import acc_dtype, check_devices, check_int, check_tensors
 
 _ops = torch.ops.unipool
 
@@ -37,21 +37,27 @@ def _fake_router(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 @torch.library.register_fake("unipool::norm_topk")
 def _(logits, scale, top_k, calibration, eps, bias, mask):
+    check_devices("norm_topk", logits=logits, scale=scale, bias=bias, mask=mask)
     return _fake_router(logits, top_k)
 
 
 @torch.library.register_fake("unipool::norm_topk_bwd")
 def _(grad_weights, grad_importance, logits, scale, experts, calibration, eps, mask):
+    grads = {"grad_weights": grad_weights, "grad_importance": grad_importance}
+    check_devices("norm_topk_bwd", logits=logits, scale=scale, experts=experts, mask=mask, **grads)
     return logits.new_empty(logits.shape), scale.new_empty(scale.shape)
 
 
 @torch.library.register_fake("unipool::softmax_topk")
 def _(logits, top_k, renormalize, bias, mask):
+    check_devices("softmax_topk", logits=logits, bias=bias, mask=mask)
     return _fake_router(logits, top_k)
 
 
 @torch.library.register_fake("unipool::softmax_topk_bwd")
 def _(grad_weights, grad_importance, logits, experts, renormalize, mask):
+    grads = {"grad_weights": grad_weights, "grad_importance": grad_importance}
+    check_devices("softmax_topk_bwd", logits=logits, experts=experts, mask=mask, **grads)
     return logits.new_empty(logits.shape)
 
 

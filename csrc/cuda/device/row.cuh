@@ -14,7 +14,10 @@ struct RowLayout {
   static constexpr int kLanes = kLanes_, kItems = kItems_, kVec = kVec_;
   static constexpr int kGroups = kWarp / kLanes;
   static constexpr int kLoads = kItems / kVec;
-  static constexpr int kCapacity = kLanes * kItems;  // greatest M
+  // Blocks of 256 threads that share a multiprocessor, forward and backward: bounds the registers
+  // (255, 128 or 80) so that nothing spills.
+  static constexpr int kResident = kItems > 16 ? 1 : kItems > 12 ? 2 : 3;
+  static constexpr int kResidentBwd = kItems > 16 ? 1 : kItems > 8 ? 2 : 3;
   static_assert(kItems % kVec == 0 && kItems <= 32 && kWarp % kLanes == 0);
   using V = Vec<T, kVec>;
 
@@ -104,7 +107,7 @@ __device__ __forceinline__ int take_best(uint32_t (&key)[L::kItems], int lane, u
 // One value for each of a token's slots: lane j of the group holds slots j, j + kLanes, ...
 template <class L, class V>
 struct Slots {
-  static constexpr int kEach = (kMaxTopK + L::kLanes - 1) / L::kLanes;
+  static constexpr int kEach = (kTopKLimit + L::kLanes - 1) / L::kLanes;
   V v[kEach];
 
   __device__ __forceinline__ static int slot(int lane, int i) { return lane + i * L::kLanes; }

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing of several ways to do the same thing: results are compared first, then runs interleave."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import unipool
+
+
+@dataclass
+class Timing:
+    """Seconds of one way: median and the 10th and 90th percentiles over the runs."""
+
+    name: str
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+    def __str__(self) -> str:
+        ms = [1e3 * s for s in (self.median, self.p10, self.p90)]
+        return f"{self.name:<28} {ms[0]:9.3f} ms [{ms[1]:.3f}, {ms[2]:.3f}]"
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """|got - wanted|_2 / |wanted|_2 in float64."""
+    wanted = wanted.double()
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+def require_close(what: str, got: torch.Tensor, wanted: torch.Tensor, bound: float) -> None:
+    """Raises before anything is timed if two ways disagree."""
+    error = relative_error(got, wanted)
+    if not error <= bound:
+        raise RuntimeError(f"{what}: relative error {error:.2e} exceeds {bound:.0e}, not timed")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleave(
+    ways: dict[str, Callable[[], object]], *, warmup: int, runs: int, device: str = "cpu"
+) -> list[Timing]:
+    """Runs the ways in turn, A B A B ...: a drift of the machine's speed meets all alike."""
+    for _ in range(warmup):
+        for way in ways.values():
+            way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(runs):
+        for name, way in ways.items():
+            synchronize(device)
+            start = time.perf_counter()
+            way()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return [_summary(name, values) for name, values in seconds.items()]
+
+
+def _summary(name: str, seconds: list[float]) -> Timing:
+    deciles = statistics.quantiles(seconds, n=10)
+    return Timing(name, statistics.median(seconds), deciles[0], deciles[-1], len(seconds))
+
+
+def environment() -> dict:
+    """What a figure depends on and must be told with it."""
+    return {
+        "unipool": unipool.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write_json(path: Path, results: list[dict]) -> None:
+    document = {"environment": environment(), "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def as_result(case: dict, timings: list[Timing], **derived: object) -> dict:
+    return {**case, "timings": [asdict(t) for t in timings], **derived}

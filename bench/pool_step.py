@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool step: L layers of norm -> router -> one shared pool, forward and backward.
+
+    python bench/pool_step.py [--layers 4 12 24] [--dtype float32 bfloat16] [--json FILE] ...
+
+Ours in three weight-gradient modes against torch's grouped_mm with autograd and, if transformers is
+installed, its experts implementation; dense matmuls of equal FLOPs as the bound. The routers are
+the same in all ways. Gradients are compared before anything is timed. The floor of a pass is
+max(FLOPs / rate, bytes / bandwidth), both measured in the same run: two passes a layer read the
+weights, one weight gradient of all layers writes the pool's gradient once.
+"""
+
+import argparse
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bench_ops import grouped_mm_layer
+from harness import Timing, as_result, interleave, require_close, synchronize, write_json
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unipool.nn import ExpertPool, NormRouter, pooled_moe
+from unipool.nn.pool_pass import WEIGHT_GRADS
+from unipool.ops import Routing
+
+BOUNDS = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 5e-3}
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    tokens: int
+    d_model: int
+    d_ff: int
+    experts: int
+    top_k: int
+
+    @property
+    def pass_flops(self) -> float:
+        """Of one layer's forward, input gradient or weight gradient."""
+        return 6.0 * self.tokens * self.top_k * self.d_model * self.d_ff
+
+    @property
+    def pool_parameters(self) -> int:
+        return 3 * self.d_model * self.d_ff * self.experts
+
+    def pass_bytes(self, itemsize: int) -> dict[str, float]:
+        """Of one layer's forward and input gradient, and of all layers' weight gradient."""
+        T, D, F_, k = self.tokens, self.d_model, self.d_ff, self.top_k
+        rows = itemsize * (2 * T * D + 2 * T * k * D * (k > 1))
+        weights = itemsize * self.pool_parameters
+        return {
+            "forward": weights + rows + itemsize * 4 * T * k * F_,
+            "dgrad": weights + rows + itemsize * 7 * T * k * F_,
+            "wgrad": weights + self.layers * itemsize * (2 * T * D + 3 * T * k * F_),
+        }
+
+
+class PoolStep(nn.Module):
+    """The layers. chained: each reads its predecessor's output, as in a model; otherwise all read
+    the model's input, so that a rounding difference cannot change a later layer's routing."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        options = {"dtype": dtype, "device": device}
+        self.shape = shape
+        self.chained = True
+        self.pool = ExpertPool(shape.experts, shape.d_model, shape.d_ff, **options)
+        self.routers = nn.ModuleList(
+            NormRouter(shape.d_model, shape.experts, shape.top_k, **options)
+            for _ in range(shape.layers)
+        )
+
+    def forward(self, x: Tensor, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+        y = x
+        for router in self.routers:
+            h = F.rms_norm(y if self.chained else x, x.shape[-1:])
+            y = y + pooled_moe(h, router, experts)[0]
+        return y
+
+    def ours(self, mode: str) -> Callable[[Tensor, Routing], Tensor]:
+        self.pool.weight_grad = mode
+        return self.pool.begin_pass()
+
+    def grouped_mm(self) -> Callable[[Tensor, Routing], Tensor]:
+        weights = self.pool.gate_up_proj, self.pool.down_proj
+        return lambda x, routing: grouped_mm_layer(x, routing, *weights)
+
+    def transformers_experts(self) -> Callable[[Tensor, Routing], Tensor]:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        s = self.shape
+        config = MixtralConfig(
+            hidden_size=s.d_model,
+            intermediate_size=s.d_ff,
+            num_local_experts=s.experts,
+            num_experts_per_tok=s.top_k,
+            experts_implementation="grouped_mm",
+        )
+        with torch.device("meta"):
+            module = MixtralExperts(config)
+        module.gate_up_proj, module.down_proj = self.pool.gate_up_proj, self.pool.down_proj
+        return lambda x, r: module(x, r.experts.long(), r.weights.to(x.dtype))
+
+
+class PeakMemory:
+    """Greatest memory above that at the start: of the process (CPU, sampled) or of the GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def __enter__(self) -> "PeakMemory":
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+            return self
+        import psutil
+
+        self.process = psutil.Process()
+        self.start = self.peak = self.process.memory_info().rss
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._sample)
+        self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.stopping.wait(0.002):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.cuda:
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self.stopping.set()
+            self.thread.join()
+        self.gib = (self.peak - self.start) / 2**30
+
+
+def measure_rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """FLOP/s of a large dense matmul and bytes/s of reading a large tensor."""
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    big = torch.ones(2**26, device=device)
+    ways = {"mm": lambda: torch.mm(a, b, out=out), "read": lambda: big.sum()}
+    mm, read = interleave(ways, warmup=2, runs=10, device=device)
+    return 2 * 2048**3 / mm.p10, big.nbytes / read.p10
+
+
+def dense(shape: Shape, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """Dense matmuls of the step's FLOPs: three passes of x [T k, D] x [D, 3F] a layer."""
+    rows = shape.tokens * shape.top_k
+    x = torch.randn(rows, shape.d_model, device=device).to(dtype)
+    w = torch.randn(shape.d_model, 3 * shape.d_ff, device=device).to(dtype)
+    out = torch.empty(rows, 3 * shape.d_ff, dtype=dtype, device=device)
+
+    def run() -> None:
+        for _ in range(3 * shape.layers):
+            torch.mm(x, w, out=out)
+
+    return run
+
+
+def make_ways(model: PoolStep, x: Tensor, grad: Tensor, peers: list[str]) -> dict:
+    """name -> a step that returns the gradients of the pool and of x."""
+
+    def step(make: Callable[[], Callable]) -> tuple[Tensor, ...]:
+        for parameter in model.parameters():
+            parameter.grad = None
+        x.grad = None
+        model(x, make()).backward(grad)
+        return model.pool.gate_up_proj.grad, model.pool.down_proj.grad, x.grad
+
+    ways = {f"unipool {m}": lambda m=m: step(lambda: model.ours(m)) for m in WEIGHT_GRADS}
+    available = {
+        "grouped_mm": model.grouped_mm,
+        "transformers grouped_mm": model.transformers_experts,
+    }
+    ways |= {name: lambda f=available[name]: step(f) for name in peers}
+    return ways
+
+
+def floor_seconds(shape: Shape, itemsize: int, rate: float, bandwidth: float) -> float:
+    traffic = shape.pass_bytes(itemsize)
+    flops = shape.pass_flops
+    per_layer = sum(max(flops / rate, traffic[p] / bandwidth) for p in ("forward", "dgrad"))
+    wgrad = max(shape.layers * flops / rate, traffic["wgrad"] / bandwidth)
+    return shape.layers * per_layer + wgrad
+
+
+def bench(shape: Shape, dtype_name: str, arguments: argparse.Namespace) -> dict:
+    device, dtype = arguments.device, getattr(torch, dtype_name)
+    torch.manual_seed(0)
+    model = PoolStep(shape, dtype, device)
+    x = torch.randn(shape.tokens, shape.d_model, device=device).to(dtype).requires_grad_()
+    grad = torch.randn_like(x)
+    ways = make_ways(model, x, grad, arguments.peers)
+    model.chained = False
+    check(ways, dtype_name)
+    model.chained = True
+    rate, bandwidth = measure_rates(dtype, device)
+    peaks = {}
+    for name, way in ways.items():
+        with PeakMemory(device) as peak:
+            way()
+            synchronize(device)
+        peaks[name] = peak.gib
+    ways["dense matmul, equal FLOPs"] = dense(shape, dtype, device)
+    timings = interleave(ways, warmup=1, runs=arguments.runs, device=device)
+    floor = floor_seconds(shape, dtype.itemsize, rate, bandwidth)
+    return report(shape, dtype_name, timings, peaks, floor, rate, bandwidth)
+
+
+def check(ways: dict[str, Callable], dtype_name: str) -> None:
+    """All ways against ours with plain autograd."""
+    wanted = [g.clone() for g in ways["unipool autograd"]()]
+    for name, way in ways.items():
+        for what, got, want in zip(("gate_up", "down", "x"), way(), wanted, strict=True):
+            require_close(f"{name}: gradient of {what}", got, want, BOUNDS[dtype_name])
+
+
+def report(
+    shape: Shape,
+    dtype_name: str,
+    timings: list[Timing],
+    peaks: dict[str, float],
+    floor: float,
+    rate: float,
+    bandwidth: float,
+) -> dict:
+    ours = timings[0]
+    print(
+        f"\npool step  L={shape.layers} T={shape.tokens} D={shape.d_model} F={shape.d_ff} "
+        f"M={shape.experts} k={shape.top_k} {dtype_name}\n"
+        f"  measured here: matmul {rate / 1e9:.0f} GFLOP/s, read {bandwidth / 1e9:.1f} GB/s; "
+        f"floor {1e3 * floor:.0f} ms"
+    )
+    for t in timings:
+        peak = f"{peaks[t.name]:6.2f} GiB" if t.name in peaks else ""
+        print(
+            f"  {t}  {t.median / ours.median:6.2f}x ours {t.median / floor:6.2f}x floor  {peak}",
+        )
+    case = {"case": "pool step", "dtype": dtype_name, **vars(shape)}
+    ratios = {t.name: t.median / ours.median for t in timings}
+    return as_result(
+        case,
+        timings,
+        ratio_to_ours=ratios,
+        floor=floor,
+        ours_over_floor=ours.median / floor,
+        peak_gib=peaks,
+        matmul_flops=rate,
+        read_bandwidth=bandwidth,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 24])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=BOUNDS)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--d-model", type=int, default=256)
+    parser.add_argument("--d-ff", type=int, default=1024)
+    parser.add_argument("--experts", type=int, default=96)
+    parser.add_argument("--top-k", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=["grouped_mm", "transformers grouped_mm"],
+        choices=["grouped_mm", "transformers grouped_mm"],
+    )
+    parser.add_argument("--runs", type=int, default=7, help="counted runs of each way")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    results = []
+    start = time.perf_counter()
+    for dtype_name in arguments.dtype:
+        for layers in arguments.layers:
+            shape = Shape(
+                layers,
+                arguments.tokens,
+                arguments.d_model,
+                arguments.d_ff,
+                arguments.experts,
+                arguments.top_k,
+            )
+            results.append(bench(shape, dtype_name, arguments))
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
+    if arguments.json:
+        write_json(arguments.json, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVTX ranges of a training step, as a profiler sees them: through an injected recorder."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from unipool._library import LIBRARY_DIR
+
+STEP = """
+import torch
+from unipool.nn import ExpertPool, NormRouter, pooled_moe
+torch.set_num_threads(1)
+pool, router = ExpertPool(4, 8, 8), NormRouter(8, 4, 2)
+x, experts = torch.randn(16, 8), pool.begin_pass()
+y, _ = pooled_moe(pooled_moe(x, router, experts)[0], router, experts)
+y.sum().backward()
+"""
+FORWARD = ["norm_topk", "dispatch_plan", "expert_mlp"]
+BACKWARD = ["expert_mlp_bwd", "norm_topk_bwd"]
+
+
+def nvtx_include() -> Path | None:
+    """Where the extension's build found the headers (a CUDA toolkit, usually)."""
+    for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", *nvcc_roots()):
+        if root and (Path(root) / "include" / "nvtx3" / "nvToolsExt.h").exists():
+            return Path(root) / "include"
+    return None
+
+
+def nvcc_roots() -> list[str]:
+    if shutil.which("nvcc") is None:
+        return []
+    command = ["nvcc", "--dryrun", "-x", "cu", os.devnull]
+    lines = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
+    return [line.split("TOP=", 1)[1].strip() for line in lines if "TOP=" in line]
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    include = nvtx_include()
+    if include is None:
+        pytest.skip("no nvtx3 headers on this machine, so the ops were built without ranges")
+    library = tmp_path_factory.mktemp("nvtx") / "librecorder.so"
+    source = Path(__file__).with_name("nvtx_recorder.cpp")
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", f"-isystem{include}", str(source)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library
+
+
+def record(recorder: Path, code: str, file: Path) -> list[tuple[int, str]]:
+    """(depth, name) of each range of the domain "unipool", in order of entry."""
+    environment = {**os.environ, "NVTX_INJECTION64_PATH": str(recorder), "NVTX_RECORD": str(file)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    ranges, depth = [], 0
+    for line in file.read_text().splitlines():
+        kind, domain, *name = line.split(" ", 2)
+        if domain != "unipool":
+            continue
+        if kind == "push":
+            ranges.append((depth, name[0]))
+            depth += 1
+        else:
+            depth -= 1
+        assert depth >= 0
+    assert depth == 0, "a range was left open"
+    return ranges
+
+
+def test_ranges_of_a_training_step(recorder, tmp_path):
+    ranges = record(recorder, STEP, tmp_path / "ranges.txt")
+    assert all(depth == 0 for depth, _ in ranges)  # no op is called from within another
+    names = [name for _, name in ranges]
+    # Two layers forward, the same two backward, then one weight gradient of each pool tensor.
+    assert names == 2 * FORWARD + 2 * BACKWARD + 2 * ["grouped_wgrad"]
+
+
+def test_every_op_has_a_range(recorder, tmp_path):
+    """The names that a process could see are the ops': none is missing, none is misspelt."""
+    text = (LIBRARY_DIR / "libunipool_cpu.so").read_bytes()
+    names = {op.split("::", 1)[1].split(".")[0] for op in torch._C._dispatch_get_all_op_names()
+             if op.startswith("unipool::")}  # fmt: skip
+    assert len(names) >= 13
+    missing = [n for n in sorted(names) if n.encode() + b"\0" not in text]
+    assert not missing
