@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make bench: each makes .venv, installs and builds what is missing, and runs.
+# make demo | make test | make bench | make kernels: each makes .venv, installs and builds what is missing, and runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 TESTS ?= tests
+MAX_SPILL ?= 64
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench format format-check doctor clean
+.PHONY: help demo test bench kernels format format-check doctor clean
 
 help:
 	@echo "make demo          train and compare three small models (10 minutes on 2 cores)"
 	@echo "make test          run the test suite"
 	@echo "make bench         time the ops against PyTorch's own operations"
+	@echo "make kernels       compile the CUDA kernels and list their registers (needs nvcc)"
 	@echo "make doctor        say what is installed, loaded and working"
 	@echo "make format        format all sources; make format-check only looks"
 
@@ -47,8 +49,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "[2/3] installing PyTorch and the libraries (minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  'setuptools>=77' wheel cmake ninja pybind11 torch numpy \
-	  transformers accelerate typer rich matplotlib \
-	  pytest pytest-xdist hypothesis ruff clang-format nvtx
+	  'transformers>=5.17' accelerate 'typer>=0.19' rich matplotlib safetensors \
+	  pytest pytest-xdist hypothesis psutil ruff clang-format nvtx
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
@@ -56,3 +58,12 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
+
+# Compiles every CUDA file, with or without a CUDA torch, and links nothing.
+kernels: $(VENV)/installed
+	@command -v nvcc >/dev/null || { echo "unipool: make kernels needs nvcc: install the CUDA toolkit"; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/kernels -GNinja --log-level=NOTICE \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DUNIPOOL_CUDA=KERNELS
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/kernels --target unipool_kernels unipool_cuda --clean-first \
+	  > build/kernels/log.txt 2>&1 || { cat build/kernels/log.txt; exit 1; }
+	@$(BIN)/python profiling/kernel_table.py build/kernels/log.txt --max-spill $(MAX_SPILL)

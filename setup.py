@@ -11,15 +11,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+MIN_SETUPTOOLS = 77  # reads the licence from pyproject.toml as it is written there now
 JOB_MEMORY_GIB = 4  # a translation unit with CUTLASS in it; ordinary ones take 1
 
 
 def missing_requirement() -> str | None:
     """One line that says what the build lacks and what to do about it, or None."""
+    if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+        return (
+            f"setuptools {setuptools.__version__} is too old: "
+            f"run pip install 'setuptools>={MIN_SETUPTOOLS}'"
+        )
     if importlib.util.find_spec("torch") is None:
         return (
             "torch is not installed in this environment: install it (pip install 'torch>=2.11'), "
@@ -50,11 +57,6 @@ class CMakeBuild(build_ext):
     """Configures and builds the CMake project, and installs it into the package folder."""
 
     build_folder = Path(os.environ.get("UNIPOOL_BUILD_DIR", ROOT / "build" / "cmake"))
-
-    def run(self) -> None:
-        if problem := missing_requirement():
-            sys.exit(f"unipool: {problem}")
-        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         self.cmake(
@@ -91,4 +93,6 @@ class CMakeBuild(build_ext):
             sys.exit(f"unipool: cmake {arguments[0]} failed with exit code {code}, see above")
 
 
+if problem := missing_requirement():
+    sys.exit(f"unipool: {problem}")
 setup(ext_modules=[Extension("unipool._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -91,11 +91,24 @@ def value(v: object) -> Callable[[object], object]:
 
 
 def put(index: tuple | int, v: float) -> Callable[[Tensor], Tensor]:
+    """One wrong value in an index tensor; only a backend that reads them on the host can tell."""
+
     def spoil(t: Tensor) -> Tensor:
         t = t.clone()
         t[index] = v
         return t
 
+    spoil.is_value = True
+    return spoil
+
+
+def put_in_segment(segment: int, index: int, v: float) -> Callable[[list[Tensor]], list[Tensor]]:
+    one = put(index, v)
+
+    def spoil(tensors: list[Tensor]) -> list[Tensor]:
+        return [one(t) if i == segment else t for i, t in enumerate(tensors)]
+
+    spoil.is_value = True
     return spoil
 
 
@@ -325,11 +338,11 @@ SPECIFIC = [
     ("grouped_wgrad", "grad", lambda g: [g[0], g[1].int()], "grad"),
     ("grouped_wgrad", "grad", lambda g: [g[0], g[1].to("meta")], "grad"),
     ("grouped_wgrad", "offsets", lambda o: [o[0], o[1][:-1]], "offsets"),
-    ("grouped_wgrad", "offsets", lambda o: [o[0], put(2, 9)(o[1])], "offsets"),
-    ("grouped_wgrad", "offsets", lambda o: [o[0], put(6, ROWS + 1)(o[1])], "offsets"),
+    ("grouped_wgrad", "offsets", put_in_segment(1, 2, 9), "offsets"),
+    ("grouped_wgrad", "offsets", put_in_segment(1, 6, ROWS + 1), "offsets"),
     ("grouped_wgrad", "offsets", lambda o: [t[:1] for t in o], "offsets"),  # M = 0
-    ("grouped_wgrad", "order", lambda o: [o[0], put(1, ROWS)(o[1])], "order"),
-    ("grouped_wgrad", "order", lambda o: [o[0], put(1, -2)(o[1])], "order"),
+    ("grouped_wgrad", "order", put_in_segment(1, 1, ROWS), "order"),
+    ("grouped_wgrad", "order", put_in_segment(1, 1, -2), "order"),
     ("grouped_wgrad", "order", lambda o: [o[0], o[1].long()], "order"),
     ("grouped_wgrad", "grad_top_k", value(-1)),
     ("grouped_wgrad", "input_top_k", value(-2)),
@@ -341,7 +354,7 @@ SPECIFIC = [
     ("grouped_wgrad_", "sum", lambda t: t.mT),
     ("grouped_wgrad_", "sum", lambda t: t[0]),
     ("grouped_wgrad_", "sum", meta),
-    ("grouped_wgrad_", "offsets", lambda o: [put(2, 9)(o[0])]),
+    ("grouped_wgrad_", "offsets", put_in_segment(0, 2, 9)),
 ]  # fmt: skip
 
 

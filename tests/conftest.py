@@ -3,9 +3,11 @@
 this machine has; one that asks for `dtype` too, once for each dtype of the backend. Ids read
 `ragged-bf16-cpu`."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import emulated
 import pytest
 import torch
 
@@ -34,6 +36,10 @@ class Backend:
 
 
 BACKENDS = [Backend("cpu", "cpu", "unipool", (torch.float32, torch.float64, torch.bfloat16))]
+EMULATED = emulated.load()
+if EMULATED:
+    half = (torch.float32, torch.bfloat16, torch.float16)
+    BACKENDS.append(Backend("emulated", "cpu", EMULATED, half))
 if torch.cuda.is_available():
     half = (torch.float32, torch.bfloat16, torch.float16)
     BACKENDS.append(Backend("cuda", "cuda", "unipool", half))
@@ -52,6 +58,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ids=[f"{DTYPE_NAMES[dtype]}-{b.name}" for b in BACKENDS for dtype in b.dtypes],
         indirect=["backend"],
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _share_cores() -> None:
+    """The workers of pytest-xdist divide the cores among them."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture

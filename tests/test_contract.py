@@ -347,6 +347,10 @@ def test_the_call_that_is_spoilt_is_valid(op, backend, device):
     ids=[f"{op}-{name}-{i}" for i, (op, name, _, _) in enumerate(BAD_CALLS)],
 )
 def test_bad_call_gives_one_line_that_names_op_and_argument(op, name, spoil, named, backend):
+    if backend.name != "cpu" and getattr(spoil, "is_value", False):
+        pytest.skip("index values are on the device; out of range they are dropped or ignored")
+    if spoil is Tensor.half and torch.float16 in backend.dtypes:
+        pytest.skip("float16 is a dtype of this backend")
     arguments = bad_calls.valid_arguments()[op]
     arguments[name] = spoil(arguments[name])
     with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:

@@ -164,11 +164,11 @@ def test_expert_mlp_is_the_composition_of_the_other_ops(dtype, device):
 
 
 def test_saturated_gates(dtype, device):
-    """silu of +-1e4: neither side of the sigmoid overflows, forward or backward."""
+    """silu of +-1e4 (1e3 where float16 would overflow): the sigmoid does on neither side."""
     case = Case("saturated", 12, 2, 1, 8, 4)
     inputs = to_device(EXPERT_MLP.inputs(case, dtype), device)
     gate_up = inputs["gate_up"].clone()
-    gate_up[:, :4] *= 1e4
+    gate_up[:, :4] *= 1e3 if dtype == torch.float16 else 1e4
     got = run(EXPERT_MLP, case, ops, inputs | {"gate_up": gate_up})
     for name, value in got.items():
         assert value.isfinite().all(), name

@@ -530,9 +530,9 @@ def test_perfect_balance_gives_the_coefficient_and_a_finite_gradient(device):
     assert importance.grad.isfinite().all()
 
 
-def test_balance_of_float64_and_of_many_layers(device):
-    if device.type != "cpu":
-        pytest.skip("float64 is for the CPU")
+def test_balance_of_float64_and_of_many_layers(backend, device):
+    if F64 not in backend.dtypes:
+        pytest.skip("the backend has no float64")
     logits = torch.randn(30, 8, dtype=F64, requires_grad=True)
     routings = [ops.softmax_topk(logits, 2)] * 48
     module = balancer(device, delay=0)

@@ -12,6 +12,7 @@ import torch
 
 LIBRARY_DIR = Path(os.environ.get("UNIPOOL_LIBRARY_DIR", Path(__file__).parent / "lib"))
 REBUILD = "rebuild with: pip install --no-build-isolation --no-deps --force-reinstall ."
+CPU, CUDA = "libunipool_cpu.so", "libunipool_cuda.so"
 
 loaded: list[Path] = []
 
@@ -30,4 +31,7 @@ def _load(name: str) -> None:
     loaded.append(path)
 
 
-_load("libunipool_cpu.so")
+_load(CPU)
+# Built only with a CUDA torch; a CPU torch beside it (no libtorch_cuda) just has the CPU ops.
+if torch.version.cuda is not None and (LIBRARY_DIR / CUDA).exists():
+    _load(CUDA)

@@ -54,7 +54,9 @@ at::Tensor column_products(const at::Tensor& grad, const at::Tensor& input,
                            const at::Tensor& offsets) {
   const int64_t experts = offsets.numel() - 1;
   if (grouped_mm_takes(grad) && grouped_mm_takes(input)) {
-    return at::_grouped_mm(grad.t(), input, ends(offsets));
+    const auto last = ends(offsets), first = offsets.slice(0, 0, experts);
+    auto out = at::_grouped_mm(grad.t(), input, last);
+    return out.masked_fill_((last == first).view({experts, 1, 1}), 0);  // not left to the library
   }
   auto out = at::zeros({experts, grad.size(1), input.size(1)}, grad.options());
   const auto at_row = on_host(offsets);

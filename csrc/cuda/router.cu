@@ -260,8 +260,8 @@ __device__ __forceinline__ float topk_rows_bwd(const RouterBwdArgs& a, const Sco
 
 template <class L>
 __global__ __launch_bounds__(kThreads,
-                             L::kResident) void norm_topk_bwd_kernel(const NormTopkBwdArgs args,
-                                                                     float* partial_scale) {
+                             L::kResidentBwd) void norm_topk_bwd_kernel(const NormTopkBwdArgs args,
+                                                                        float* partial_scale) {
   const NormScore score{__ldg(args.scale) * args.calibration, args.eps};
   float total = topk_rows_bwd<L>(args.router, score);
   UNIPOOL_SHARED_ARRAY(float, kWarps, sums);
