@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three small models of equal active size, trained alike and compared as measured.
+
+layer-private   a pool of experts for each layer, softmax router, one balance loss a layer
+shared-pool     one pool of the same total for all layers, NormRouter, one balance loss
+half-pool       the same with half the experts
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import unipool
+from unipool.models import parameter_counts
+from unipool.training.callbacks import mean_rate, read_metrics
+from unipool.training.checkpoint import write_text
+from unipool.training.config import TrainConfig
+from unipool.training.errors import InputError
+from unipool.training.generate import generate_text, load_model
+from unipool.training.report import write_report
+from unipool.training.run import RunResult, run_training
+
+LAYERS = 4
+EXPERTS_A_LAYER = 8  # of the layer-private model
+PROMPT = "def "
+_SHAPE = {
+    "scale": "tiny",
+    "d_model": 128,
+    "d_ff": 256,
+    "layers": LAYERS,
+    "heads": 4,
+    # With 0.01, as at the published scales, a short run at this width leaves most tokens with a
+    # NormRouter score of zero for every expert: the router's weights turn negative together.
+    "init_std": 0.05,
+}
+_TRAINING = {
+    "seq_len": 256,
+    "batch_size": 8,
+    "lr": 2e-3,
+    "min_lr": 2e-4,
+    "warmup": 0.05,
+    "eval_every": 0,
+    "eval_tokens": 1 << 16,
+    "save_every": 250,
+    "log_every": 10,
+    "keep": 1,
+}
+STEPS = 800  # about two minutes a model on two cores
+_COLUMNS = {  # the terminal's table, narrow enough for 80 columns
+    "model": lambda run: run["name"],
+    "pools": lambda run: f"{run['num_pools']} x {run['pool_size']}",
+    "params": lambda run: f"{run['params_total'] / 1e6:.2f}M",
+    "experts": lambda run: f"{run['params_expert'] / 1e6:.2f}M",
+    "active": lambda run: f"{run['params_active'] / 1e6:.2f}M",
+    "val loss": lambda run: f"{run['val_loss']:.4f}",
+    "bits/byte": lambda run: f"{run['val_bits_per_byte']:.4f}",
+    "tokens/s": lambda run: f"{run['tokens_per_second']:,.0f}",
+}
+
+
+class DemoInterruptedError(Exception):
+    """A signal ended the demo; what was trained so far is in its folder."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"signal {signal}")
+        self.signal = signal
+
+
+def demo_configs(out: Path, steps: int, seed: int, device: str) -> dict[str, TrainConfig]:
+    """The three runs by name. Same data, order, active size, steps and learning rate."""
+    total = LAYERS * EXPERTS_A_LAYER
+    forms = {
+        "layer-private": {"form": "vanilla", "pool_size": EXPERTS_A_LAYER},
+        "shared-pool": {"form": "unipool", "pool_size": total},
+        "half-pool": {"form": "unipool", "pool_size": total // 2},
+    }
+    common = _SHAPE | _TRAINING | {"steps": steps, "seed": seed, "device": device}
+    return {
+        name: TrainConfig(**common, **form, out=str(Path(out) / name))
+        for name, form in forms.items()
+    }
+
+
+def run_demo(
+    out: Path, *, steps: int, seed: int, device: str, resume: bool, console: Console
+) -> dict:
+    """Train, evaluate and report into `out`; returns the content of metrics.json."""
+    begin = time.perf_counter()
+    out = Path(out)
+    configs = demo_configs(out, steps, seed, device)
+    if not resume:
+        _clear(out, configs)
+    runs, samples = [], {}
+    for name, config in configs.items():
+        console.print(f"[bold]{name}[/bold]  {_describe(config)}", highlight=False)
+        go_on = resume and Path(config.out, "config.json").exists()
+        result = run_training(config, resume=go_on, console=console, name=name)
+        if result.signal is not None:
+            raise DemoInterruptedError(result.signal)
+        runs.append(_entry(name, config, result))
+        samples[name] = generate_text(
+            *load_model(Path(config.out)), PROMPT, 240, 0.7, seed
+        ).rstrip()
+    metrics = {
+        "runs": runs,
+        "torch": torch.__version__,
+        "unipool": unipool.__version__,
+        "seed": seed,
+    }
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    notes = _notes(configs["layer-private"], result, time.perf_counter() - begin)
+    page = write_report(out, "Shared and layer-private expert pools", notes, metrics, samples)
+    _show(console, metrics, samples, notes, page)
+    return metrics
+
+
+def _clear(out: Path, configs: dict[str, TrainConfig]) -> None:
+    """Remove the runs of an earlier demo, and nothing else."""
+    for config in configs.values():
+        folder = Path(config.out)
+        if folder.is_dir() and (folder / "config.json").is_file():
+            shutil.rmtree(folder)
+        elif folder.exists():
+            raise InputError(f"--out {out}: {folder.name} is there and is no run of the demo")
+
+
+def _describe(config: TrainConfig) -> str:
+    pools = config.layers if config.form == "vanilla" else 1
+    return f"{config.layers} layers, {pools} x {config.pool_size} experts, {config.steps} steps"
+
+
+def _entry(name: str, config: TrainConfig, result: RunResult) -> dict:
+    """One run in the schema of metrics.json.
+
+    val_loss and train_loss: cross-entropy in nats a token (no balance loss). load: fraction of each
+    layer's tokens that each expert of its pool got over the validation text.
+    """
+    model_config = result.model.config
+    counts = parameter_counts(model_config)
+    rows = [r for r in read_metrics(Path(config.out, "metrics.jsonl")) if "lm_loss" in r]
+    return {
+        "name": name,
+        "num_pools": model_config.num_pools,
+        "pool_size": model_config.num_experts,
+        "params_total": counts["total"],
+        "params_expert": counts["expert"],
+        "params_active": counts["active"],
+        "val_loss": result.evaluation.loss,
+        "val_bits_per_byte": result.data.bits_per_byte(result.evaluation.loss),
+        "train_loss": [[row["step"], row["lm_loss"]] for row in rows],
+        "tokens_per_second": mean_rate(rows),
+        "load": result.evaluation.load,
+    }
+
+
+def _notes(config: TrainConfig, result: RunResult, seconds: float) -> list[str]:
+    data = result.data
+    tokens = config.steps * config.tokens_per_step
+    return [
+        "Text: the source of Python's standard library on this machine, as bytes: "
+        f"{data.train_documents:,} files ({data.train_bytes / 1e6:.1f} MB) to train on, "
+        f"{data.val_documents:,} files ({data.val_bytes / 1e6:.1f} MB) held out.",
+        f"Each model saw the same {tokens / 1e6:.2f} M tokens in the same order: {config.steps} "
+        f"steps of {config.batch_size} sequences of {config.seq_len} bytes, learning rate "
+        f"{config.lr:g} to {config.min_lr:g}. {_machine(result.model)}; {seconds / 60:.1f} min.",
+        f"Small models, little training and one seed ({config.seed}): a small difference between "
+        "two rows says nothing about models of another size.",
+    ]
+
+
+def _machine(model) -> str:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return f"Device: {torch.cuda.get_device_name(device)}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"Device: CPU, threads: {min(torch.get_num_threads(), cores)}"
+
+
+def _show(console: Console, metrics: dict, samples: dict, notes: list[str], page: Path) -> None:
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for run in metrics["runs"]:
+        table.add_row(*(cell(run) for cell in _COLUMNS.values()))
+    console.print(table)
+    for name, text in samples.items():
+        console.print(f"[bold]{name}[/bold] writes:", highlight=False)
+        console.out(text + "\n", highlight=False)
+    for note in notes:
+        console.print(note, highlight=False)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)

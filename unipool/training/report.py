@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots and a self-contained HTML page of a comparison of runs (the schema of metrics.json)."""
+
+import base64
+import html
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+import matplotlib.ticker
+import numpy as np
+from matplotlib.figure import Figure
+
+from unipool.training.checkpoint import write_text
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+_PLOT = {
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "none",
+}
+COLUMNS = (
+    ("model", "name", "{}"),
+    ("pools", "num_pools", "{:,}"),
+    ("experts a pool", "pool_size", "{:,}"),
+    ("parameters", "params_total", "{:,}"),
+    ("in experts", "params_expert", "{:,}"),
+    ("active", "params_active", "{:,}"),
+    ("validation loss (nats/token)", "val_loss", "{:.4f}"),
+    ("bits per byte", "val_bits_per_byte", "{:.4f}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+)
+
+
+def table_rows(runs: list[dict]) -> list[list[str]]:
+    """One row of text a run, in the order of COLUMNS; "–" where nothing was measured."""
+    return [
+        ["–" if run[key] is None else form.format(run[key]) for _, key, form in COLUMNS]
+        for run in runs
+    ]
+
+
+def loss_figure(runs: list[dict]) -> Figure:
+    """Training loss against the step, one line a run, and the final validation loss as a marker."""
+    with matplotlib.rc_context(_PLOT):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        shown = []
+        for index, run in enumerate(runs):
+            points = np.array([p for p in run["train_loss"] if np.isfinite(p[1])]).reshape(-1, 2)
+            color, style = _COLORS[index % len(_COLORS)], _STYLES[index % len(_STYLES)]
+            axes.plot(*points.T, color=color, linestyle=style, linewidth=1.8, label=run["name"])
+            last = points[-1, 0] if len(points) else 0
+            axes.plot(last, run["val_loss"], "o", color=color, markeredgecolor="white")
+            shown += [*points[len(points) // 20 :, 1], run["val_loss"]]
+        low, high = min(shown), max(shown)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("cross-entropy (nats per token)")
+        axes.set_title("Training loss (lines) and final validation loss (dots)", loc="left")
+        axes.legend(frameon=False)
+    return figure
+
+
+def load_figure(run: dict) -> Figure:
+    """Heat map layer × expert: the share of a layer's tokens that went to each expert of its pool.
+
+    In multiples of the uniform share 1 / M, so that 1 means balanced whatever the pool's size.
+    """
+    load = np.asarray(run["load"], dtype=float)
+    layers, experts = load.shape
+    relative = load * experts
+    with matplotlib.rc_context({**_PLOT, "axes.grid": False}):
+        figure = Figure(figsize=(8, 1.6 + 0.34 * max(layers, 3)), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(
+            relative, aspect="auto", cmap="cividis", vmin=0, vmax=max(2.0, relative.max())
+        )
+        axes.set_xlabel("expert of the layer's pool")
+        axes.set_ylabel("layer")
+        axes.set_yticks(range(0, layers, max(1, layers // 12)))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=16))
+        axes.set_title(f"{run['name']}: expert load over the validation text", loc="left")
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar.set_label("load ÷ uniform share")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def write_report(folder: Path, title: str, notes: list[str], metrics: dict, samples: dict) -> Path:
+    """Write report.html and its PNGs into `folder`; returns the page's path.
+
+    notes: paragraphs above the table. samples: run name -> generated text.
+    """
+    folder = Path(folder)
+    runs = metrics["runs"]
+    figures = {"loss": loss_figure(runs)}
+    for run in runs:
+        if run["load"]:
+            figures["load-" + re.sub(r"[^a-z0-9]+", "-", run["name"].lower())] = load_figure(run)
+    images = []
+    for name, figure in figures.items():
+        png = _png(figure)
+        (folder / f"{name}.png").write_bytes(png)
+        images.append(_image(name, png))
+    page = folder / "report.html"
+    write_text(page, _page(title, notes, metrics, images, samples))
+    return page
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _image(name: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def _page(title: str, notes: list[str], metrics: dict, images: list[str], samples: dict) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
+        for row in table_rows(metrics["runs"])
+    )
+    texts = "".join(
+        f"<h3>{html.escape(name)}</h3>\n<pre>{html.escape(text)}</pre>\n"
+        for name, text in samples.items()
+    )
+    versions = f"unipool {metrics['unipool']}, PyTorch {metrics['torch']}, seed {metrics['seed']}"
+    return _TEMPLATE.format(
+        title=html.escape(title),
+        notes="".join(f"<p>{html.escape(note)}</p>\n" for note in notes),
+        head=head,
+        body=body,
+        loss=images[0],
+        loads="\n".join(images[1:]),
+        texts=texts,
+        versions=html.escape(versions),
+    )
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 0.9rem; }}
+th, td {{ padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }}
+th {{ vertical-align: bottom; }}
+th:first-child, td:first-child {{ text-align: left; white-space: nowrap; }}
+td {{ font-variant-numeric: tabular-nums; }}
+img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
+pre {{ background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }}
+footer {{ color: #666; font-size: 0.85rem; margin-top: 2rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{notes}<h2>Results</h2>
+<div class="wide"><table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}</tbody>
+</table></div>
+<h2>Loss</h2>
+{loss}
+<h2>Expert load</h2>
+<p>Each row is a layer, each column an expert of the pool that the layer draws on; the colour is the
+share of the layer's tokens that the expert received, in multiples of an equal share. Under a
+NormRouter, a token that scores zero for every expert counts for expert 0, with weight zero.</p>
+{loads}
+<h2>Generated text</h2>
+{texts}<footer>{versions}</footer>
+</body>
+</html>
+"""

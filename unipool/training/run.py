@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run in one folder.
+
+<out>/config.json      the options, as resolved
+<out>/metrics.jsonl    one row a logged step or evaluation
+<out>/checkpoints/     step-N, complete or absent
+<out>/model/           the final model and tokenizer, as save_pretrained writes them
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
+from unipool.training.callbacks import MetricsLog, ProgressDisplay, StopCallback, StopSignals
+from unipool.training.checkpoint import (
+    complete_folder,
+    latest_checkpoint,
+    step_of,
+    sweep,
+    write_text,
+)
+from unipool.training.config import TrainConfig
+from unipool.training.data import TokenData, check_length, default_cache, load_data
+from unipool.training.errors import InputError, TrainingError
+from unipool.training.evaluate import Evaluation
+from unipool.training.tokenizer import load_tokenizer
+from unipool.training.trainer import WRITE_ERRORS, PoolTrainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. `evaluation` is None if `signal` stopped it before its last step."""
+
+    config: TrainConfig
+    model: torch.nn.Module
+    data: TokenData
+    step: int
+    evaluation: Evaluation | None
+    signal: int | None
+
+
+def resolve_device(name: str) -> str:
+    """The device type that `name` ("auto", "cpu" or "cuda") means; InputError without CUDA."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device (see `unipool doctor`)")
+    return name
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    name: str = "train",
+) -> RunResult:
+    """Train as `config` says, in the folder config.out; `resume`: from its last checkpoint.
+
+    Raises InputError for options and data that cannot work, before anything is written, and
+    TrainingError when training has to stop.
+    """
+    console = console or Console(quiet=True)
+    transformers_logging.disable_progress_bar()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("WORLD_SIZE: a run uses one process, got " + os.environ["WORLD_SIZE"])
+    out = Path(config.out)
+    device = resolve_device(config.device)
+    if not resume:
+        _check_new(out)
+    data, tokenizer = _load_data(config, out)
+    model_config = config.model_config(data.vocab_size, data.separator)
+    with _locked(out):
+        checkpoint = _prepare_folder(config, out, data, resume, console)
+        set_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(model_config)
+        saved_tokenizer = tokenizer.hugging_face()
+        trainer = PoolTrainer(model, config, data, out / "checkpoints", device, saved_tokenizer)
+        with StopSignals() as signals:
+            _train(trainer, checkpoint, signals, out, console, name)
+            step = trainer.state.global_step
+            if step < config.steps:
+                return RunResult(config, model, data, step, None, signals.received)
+            if step not in trainer.evaluations:
+                trainer.evaluate()
+            evaluation = trainer.evaluation()
+            _save_model(model, saved_tokenizer, out / "model")
+    return RunResult(config, model, data, step, evaluation, signals.received)
+
+
+def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: str) -> None:
+    display = ProgressDisplay(console, name)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (StopCallback(signals), MetricsLog(out / "metrics.jsonl"), display):
+        trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (TrainingError, OSError) as error:
+        last = latest_checkpoint(out / "checkpoints")
+        where = f"last complete checkpoint: {last}" if last else "no checkpoint was written yet"
+        raise TrainingError(f"{error}; {where}") from error
+    finally:
+        display.close()
+
+
+def _load_data(config: TrainConfig, out: Path):
+    tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else None)
+    options = {
+        "field": config.field,
+        "seed": config.seed,
+        "val_fraction": config.val_fraction,
+    }
+    paths = [Path(path) for path in config.data]
+    cache = default_cache()
+    if not _writable(cache):
+        cache = out / ".cache"
+    try:
+        data = load_data(paths, tokenizer, cache=cache, **options)
+    except OSError as error:
+        raise InputError(f"data: cannot write token files: {error}") from error
+    check_length(data, config.seq_len, ", ".join(config.data) or "the standard library's source")
+    return data, tokenizer
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file")
+    if (out / "config.json").exists():
+        raise InputError(
+            f"--out {out} already holds a run: add --resume to go on, or choose another folder"
+        )
+    if out.is_dir() and any(p for p in out.iterdir() if not p.name.startswith(".")):
+        raise InputError(f"--out {out} is not empty and holds no run: choose another folder")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder; the lock goes away with its process."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = open(out / ".lock", "w")  # noqa: SIM115  (held open for the whole run)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there: {error.strerror}") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--out {out}: another process is training there") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -> Path | None:
+    """Write config.json, or check that the run may go on; returns the checkpoint to start from."""
+    checkpoints, key_file = out / "checkpoints", out / "data.key"
+    sweep(out)
+    sweep(checkpoints)
+    checkpoint = None
+    if resume:
+        checkpoint = _last_usable(checkpoints, console)
+        if key_file.exists() and key_file.read_text(encoding="utf-8").strip() != data.key:
+            raise InputError("--data: the text has changed since this run began; start a new run")
+        if checkpoint is not None and step_of(checkpoint) > config.steps:
+            raise InputError(f"--steps must be at least {step_of(checkpoint)}, got {config.steps}")
+    try:
+        write_text(key_file, data.key + "\n")
+        write_text(out / "config.json", config.to_json())
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there: {error.strerror}") from error
+    start = f"from step {step_of(checkpoint)}" if checkpoint else "from the beginning"
+    if resume:
+        console.print(f"resuming {out} {start}", highlight=False)
+    return checkpoint
+
+
+def _last_usable(checkpoints: Path, console: Console) -> Path | None:
+    """The newest complete checkpoint; newer, damaged ones are renamed and count no more."""
+    damaged: list[Path] = []
+
+    def passed_over(path: Path, fault: str) -> None:
+        console.print(f"warning: checkpoint {path} is passed over: {fault}", highlight=False)
+        damaged.append(path)
+
+    found = latest_checkpoint(checkpoints, passed_over)
+    for path in damaged:
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f"damaged-{path.name}"))
+    return found
+
+
+def _save_model(model, tokenizer, folder: Path) -> None:
+    try:
+        with complete_folder(folder) as staging:
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+    except WRITE_ERRORS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"cannot write {folder}: {reason}") from error
