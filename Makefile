@@ -23,6 +23,8 @@ demo: $(VENV)/built
 	@$(BIN)/unipool demo $(ARGS)
 
 test: $(VENV)/built
+	@echo "building the CUDA kernels for the CPU, to test them"
+	@$(BIN)/python emulation/build.py fast >/dev/null || true
 	@$(BIN)/python -m pytest -n $(JOBS) $(TESTS) $(ARGS)
 
 bench: $(VENV)/built
@@ -51,6 +53,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  'setuptools>=77' wheel cmake ninja pybind11 torch numpy \
 	  'transformers>=5.17' accelerate 'typer>=0.19' rich matplotlib safetensors \
 	  pytest pytest-xdist hypothesis psutil ruff clang-format nvtx
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
