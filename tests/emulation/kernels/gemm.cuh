@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Grouped GEMM with a gathered A operand, CuTe, SM80 atoms:
-//   D[p, :] = A[row[p], :] * B[e]^T   for each expert e and position p in [offset[e], offset[e + 1])
+//   D[p, :] = A[row[p], :] * B[e]^T   for each expert e and position p in [offset[e], offset[e +
+//   1])
 // A [*, K], B [experts, N, K] bf16, K a multiple of 8; D [positions, N].
 // BUG: 1 drops the __syncthreads of the main loop, 2 drops the cp_async_wait, 3 no row predicate.
 #pragma once

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same named cases through every backend of this machine: cpu, cuda, and the emulated kernels.
+
+    python bench/compare_backends.py [--json FILE] [--prebuilt]
+
+Forward and backward of every op on tests/cases.py, each pair of backends in the dtypes that both
+have. Integers must be equal. A float's error is the greatest |a - b| over the greatest |b|, which
+may be twice what tests/tolerance.py allows one backend from the exact result. --prebuilt compiles
+nothing, so the emulated kernels are left out.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from harness import write_json
+from torch import Tensor
+
+from unipool import ops
+from unipool.ops import dispatch, experts, router
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import cases  # noqa: E402
+from cases import Case, OpSpec  # noqa: E402
+from tolerance import PER_ROW, unit_error  # noqa: E402
+
+from emulation import build  # noqa: E402
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where tensors live, and the torch.ops namespace of the kernels."""
+
+    name: str
+    device: str
+    namespace: str
+    dtypes: tuple[torch.dtype, ...]
+
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        modules = (router, dispatch, experts)
+        before = [module._ops for module in modules]
+        try:
+            for module in modules:
+                module._ops = getattr(torch.ops, self.namespace)
+            yield
+        finally:
+            for module, raw in zip(modules, before, strict=True):
+                module._ops = raw
+
+
+CPU = Backend("cpu", "cpu", "unipool", (F32, BF16))
+CUDA = Backend("cuda", "cuda", "unipool", (F32, BF16, F16))
+EMULATED = Backend("emulated", "cpu", "unipool_emulated", (F32, BF16, F16))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One result of an op, `a` against `b`. error and bound are relative; integers: 0 or 1, and 0.
+
+    `reason` says what no number says: a missing result, another shape, NaN in other places."""
+
+    op: str
+    case: str
+    dtype: str
+    a: str
+    b: str
+    result: str
+    error: float
+    bound: float
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason and self.error <= self.bound
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Greater for what is nearer to its bound, or past it."""
+        return not self.ok, self.error / self.bound if self.bound else self.error
+
+
+def results_on(backend: Backend, spec: OpSpec, case: Case, dtype: torch.dtype) -> dict:
+    """Results and gradients of an op on a backend, on the CPU."""
+    inputs = cases.to_device(spec.inputs(case, dtype), torch.device(backend.device))
+    with backend.selected():
+        results = cases.run(spec, case, ops, inputs)
+    return {name: None if t is None else t.cpu() for name, t in results.items()}
+
+
+def compare_tensors(got: Tensor | None, want: Tensor | None, size: float) -> tuple[float, str]:
+    """(relative error, reason) of two results; `size` is the least magnitude to relate it to."""
+    if got is None or want is None:
+        return 0.0, "" if got is want else "missing on one side"
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return 1.0, f"{got.dtype} {list(got.shape)} against {want.dtype} {list(want.shape)}"
+    if not want.is_floating_point():
+        wrong = int((got != want).sum())
+        return float(wrong > 0), f"{wrong} integers differ" if wrong else ""
+    a, b = got.double(), want.double()
+    if not torch.equal(a.isnan(), b.isnan()):
+        return 1.0, "NaN in other places"
+    error = (a - b).nan_to_num(0.0).abs()
+    if error.numel() == 0 or not error.any():
+        return 0.0, ""
+    scale = max(b.nan_to_num(0.0).abs().max().item(), size)
+    return (error.max().item() / scale, "") if scale > 0 else (1.0, "zero on one side only")
+
+
+def differences(
+    spec: OpSpec, case: Case, dtype: torch.dtype, a: tuple[Backend, dict], b: tuple[Backend, dict]
+) -> list[Difference]:
+    """Of every result and gradient of an op; a and b are a backend with what it gave."""
+    found = []
+    tolerances = spec.tolerances(case)
+    inputs = spec.inputs(case, dtype)
+    for name, want in b[1].items():
+        bound = size = 0.0
+        if want is not None and want.is_floating_point() and name in tolerances:
+            tolerance = tolerances[name]
+            bound = 2 * PER_ROW * unit_error(tolerance, dtype)
+            magnitude = tolerance.magnitude
+            magnitude = magnitude(inputs) if callable(magnitude) else torch.tensor(magnitude)
+            size = magnitude.max().item() if magnitude.numel() else 0.0
+        error, reason = compare_tensors(a[1][name], want, size)
+        short = str(dtype).removeprefix("torch.")
+        pair = (a[0].name, b[0].name)
+        found.append(Difference(spec.name, case.name, short, *pair, name, error, bound, reason))
+    return found
+
+
+def emulated_backend(prebuilt: bool) -> tuple[Backend | None, str]:
+    """The emulated kernels, compiled if need be, or one line that says why not."""
+    if prebuilt:
+        return None, "nothing is to be compiled"
+    try:
+        torch.ops.load_library(build.ops_library("fast"))
+    except (build.BuildError, OSError) as error:
+        return None, str(error).splitlines()[0]
+    return EMULATED, ""
+
+
+def compare(backends: list[Backend]) -> list[Difference]:
+    found = []
+    for spec, case in cases.pairs(cases.SPECS):
+        for dtype in (F32, BF16, F16):
+            ran = [(b, results_on(b, spec, case, dtype)) for b in backends if dtype in b.dtypes]
+            for b, a in combinations(ran, 2):
+                found += differences(spec, case, dtype, a, b)
+    return found
+
+
+def grouped(found: list[Difference], *fields: str) -> list[list[Difference]]:
+    """Those with the same fields together, the worst first."""
+    groups: dict[tuple, list[Difference]] = {}
+    for d in found:
+        groups.setdefault(tuple(getattr(d, f) for f in fields), []).append(d)
+    return [sorted(g, key=lambda d: d.rank, reverse=True) for _, g in sorted(groups.items())]
+
+
+def print_worst(found: list[Difference]) -> None:
+    """A line for each op and pair of backends: the result nearest to its bound or past it."""
+    for group in grouped(found, "op", "a", "b"):
+        d = group[0]
+        what = f"{d.result} of {d.case} in {d.dtype}"
+        verdict = "ok" if d.ok else f"DIFFERS {d.reason}"
+        print(f"{d.op:<26}{d.a:>9} - {d.b:<9}{d.error:9.1e} of {d.bound:7.1e}  {what}  {verdict}")
+
+
+def as_results(found: list[Difference]) -> list[dict]:
+    """For each op, dtype and pair: the greatest relative error of each case, and what failed."""
+    results = []
+    for group in grouped(found, "op", "dtype", "a", "b"):
+        first = group[0]
+        worst = {g[0].case: max(d.error for d in g) for g in grouped(group, "case")}
+        failed = [asdict(d) for d in group if not d.ok]
+        about = {f: getattr(first, f) for f in ("op", "dtype", "a", "b")}
+        results.append({**about, "compared": len(group), "error": worst, "failed": failed})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write all differences to this file")
+    parser.add_argument("--prebuilt", action="store_true", help="compile nothing")
+    arguments = parser.parse_args()
+    backends = [CPU]
+    emulated, why_not = emulated_backend(arguments.prebuilt)
+    if emulated:
+        backends.append(emulated)
+    else:
+        print(f"emulated: not compared, {why_not}")
+    if torch.cuda.is_available():
+        backends.append(CUDA)
+    if len(backends) < 2:
+        print("compare_backends: there is only the cpu backend here, nothing to compare")
+        sys.exit(2)
+    found = compare(backends)
+    print_worst(found)
+    failed = [d for d in found if not d.ok]
+    names = ", ".join(b.name for b in backends)
+    print(f"{names}: {len(found)} results compared, {len(failed)} differ")
+    if arguments.json:
+        write_json(arguments.json, as_results(found))
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
