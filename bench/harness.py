@@ -47,22 +47,36 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+SAMPLE_SECONDS = 0.02
+
+
 def interleave(
     ways: dict[str, Callable[[], object]], *, warmup: int, runs: int, device: str = "cpu"
 ) -> list[Timing]:
-    """Runs the ways in turn, A B A B ...: a drift of the machine's speed meets all alike."""
-    for _ in range(warmup):
-        for way in ways.values():
+    """Runs the ways in turn, A B A B ...: a drift of the machine's speed meets all alike.
+
+    A sample of a short way is the mean of as many calls in a row as take 20 ms, as in a program
+    that calls it again and again.
+    """
+    calls = {}
+    for name, way in ways.items():
+        for _ in range(warmup):
             way()
+        calls[name] = max(1, round(SAMPLE_SECONDS / _seconds(way, 1, device)))
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(runs):
         for name, way in ways.items():
-            synchronize(device)
-            start = time.perf_counter()
-            way()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_seconds(way, calls[name], device))
     return [_summary(name, values) for name, values in seconds.items()]
+
+
+def _seconds(way: Callable[[], object], calls: int, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        way()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
 
 
 def _summary(name: str, seconds: list[float]) -> Timing:

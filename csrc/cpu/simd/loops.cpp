@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 namespace unipool::cpu::UNIPOOL_ISA {
 namespace {
@@ -80,6 +81,9 @@ inline A sigmoid(A x) {
 
 constexpr int kLanes = 16;
 
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
 template <class A, class Term>
 inline A lane_sum(int64_t n, Term term) {
   A lanes[kLanes] = {};
@@ -97,7 +101,7 @@ inline A lane_sum(int64_t n, Term term) {
 template <class A, class Term>
 inline A lane_max(int64_t n, Term term) {
   A lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) lanes[l] = -std::numeric_limits<A>::infinity();
+  for (int l = 0; l < kLanes; ++l) lanes[l] = -kInfinity<A>;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int l = 0; l < kLanes; ++l) {
@@ -116,26 +120,127 @@ inline A lane_max(int64_t n, Term term) {
 
 // --- routers
 
-// The k greatest of key[0, M), ties to the lower id, NaN greatest; masked experts are no
-// candidates. Slots for which no candidate is left get id -1.
+constexpr int64_t kMaxK = 16;
+
+// The order of a choice: NaN is greatest; at equal keys the one that came first stays ahead.
 template <class A>
-void choose(const A* key, const bool* mask, int64_t experts, int64_t top_k, int32_t* ids) {
-  constexpr int64_t kMaxK = 16;
-  A best[kMaxK];
+inline bool greater(A a, A b) {
+  return a > b || (a != a && b == b);
+}
+
+// Whether any of kLanes keys is greater than `bar`, which is no NaN.
+template <class A>
+inline bool any_greater(const A* key, A bar) {
+  int found = 0;
+  for (int l = 0; l < kLanes; ++l) found |= !(key[l] <= bar);
+  return found != 0;
+}
+
+// The k greatest so far, greatest first.
+template <class A>
+struct Chosen {
+  int64_t top_k;
+  int32_t* ids;
   int64_t found = 0;
-  const auto greater = [](A a, A b) { return a > b || (a != a && b == b); };
-  for (int64_t e = 0; e < experts; ++e) {
-    if (mask != nullptr && mask[e]) continue;
-    if (found == top_k && !greater(key[e], best[top_k - 1])) continue;
+  A best[kMaxK] = {};
+
+  void consider(A key, int64_t e) {
+    if (found == top_k && !greater(key, best[top_k - 1])) return;
     int64_t at = found < top_k ? found++ : top_k - 1;
-    for (; at > 0 && greater(key[e], best[at - 1]); --at) {
+    for (; at > 0 && greater(key, best[at - 1]); --at) {
       best[at] = best[at - 1];
       ids[at] = ids[at - 1];
     }
-    best[at] = key[e];
+    best[at] = key;
     ids[at] = static_cast<int32_t>(e);
   }
-  for (int64_t j = found; j < top_k; ++j) ids[j] = -1;
+};
+
+// The k greatest of key[0, M), ties to the lower id, NaN greatest; masked experts are no
+// candidates. Slots for which no candidate is left get id -1. Blocks of keys none of which beats
+// the k-th so far are passed over as vectors.
+template <class A>
+void choose(const A* key, const bool* mask, int64_t experts, int64_t top_k, int32_t* ids) {
+  Chosen<A> chosen{top_k, ids};
+  int64_t e = 0;
+  if (mask == nullptr) {
+    for (; e < top_k; ++e) chosen.consider(key[e], e);
+    for (; e + kLanes <= experts; e += kLanes) {
+      const A bar = chosen.best[top_k - 1];
+      if (bar != bar || !any_greater(key + e, bar)) continue;
+      for (int l = 0; l < kLanes; ++l) chosen.consider(key[e + l], e + l);
+    }
+  }
+  for (; e < experts; ++e) {
+    if (mask == nullptr || !mask[e]) chosen.consider(key[e], e);
+  }
+  for (int64_t j = chosen.found; j < top_k; ++j) ids[j] = -1;
+}
+
+// --- choose for k = 1 without a mask: the first greatest of each lane, then of the lanes. Written
+// with vector types, as the compiler does not vectorise a search that keeps keys and ids.
+
+template <class A>
+struct Lanes {
+  static constexpr int kCount = 64 / sizeof(A);
+  using Id = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef A Keys __attribute__((vector_size(64)));
+  typedef Id Ids __attribute__((vector_size(64)));
+
+  Keys best;
+  Ids at;
+
+  template <int... kLane>
+  static Ids iota(std::integer_sequence<int, kLane...>) {
+    return Ids{kLane...};
+  }
+
+  static Ids greater(Keys a, Keys b) { return (a > b) | ((a != a) & (b == b)); }
+
+  void take_where(Ids take, Keys keys, Ids ids) {
+    best = take ? keys : best;
+    at = take ? ids : at;
+  }
+
+  // Lane l against lane l + kWidth, ties to the lower id.
+  template <int kWidth, int... kLane>
+  void fold(std::integer_sequence<int, kLane...>) {
+    const Keys keys = __builtin_shufflevector(best, best, ((kLane + kWidth) % kCount)...);
+    const Ids ids = __builtin_shufflevector(at, at, ((kLane + kWidth) % kCount)...);
+    take_where(greater(keys, best) | (~greater(best, keys) & (ids < at)), keys, ids);
+    if constexpr (kWidth > 1) fold<kWidth / 2>(std::integer_sequence<int, kLane...>());
+  }
+};
+
+template <class A>
+int32_t choose_one(const A* key, int64_t experts) {
+  using L = Lanes<A>;
+  constexpr int kCount = L::kCount;
+  L lanes;
+  if (experts >= kCount) {
+    std::memcpy(&lanes.best, key, sizeof lanes.best);
+  } else {  // lanes without a key have ids beyond the others and lose every tie
+    for (int l = 0; l < kCount; ++l) lanes.best[l] = l < experts ? key[l] : -kInfinity<A>;
+  }
+  lanes.at = L::iota(std::make_integer_sequence<int, kCount>());
+  typename L::Ids ids = lanes.at;
+  int64_t e = kCount;
+  for (; e + kCount <= experts; e += kCount) {
+    typename L::Keys keys;
+    std::memcpy(&keys, key + e, sizeof keys);
+    ids += kCount;
+    lanes.take_where(L::greater(keys, lanes.best), keys, ids);
+  }
+  lanes.template fold<kCount / 2>(std::make_integer_sequence<int, kCount>());
+  A best = lanes.best[0];
+  auto at = static_cast<int32_t>(lanes.at[0]);
+  for (; e < experts; ++e) {
+    if (greater(key[e], best)) {
+      best = key[e];
+      at = static_cast<int32_t>(e);
+    }
+  }
+  return at;
 }
 
 // score [M] -> ids, weights; key is scratch for score + bias.
@@ -146,7 +251,11 @@ void choose_by_score(const RouterRow<T>& row, const acc_t<T>* score, acc_t<T>* k
     for (int64_t e = 0; e < row.experts; ++e) key[e] = score[e] + row.bias[e];
     by = key;
   }
-  choose(by, row.mask, row.experts, row.top_k, row.ids);
+  if (row.top_k == 1 && row.mask == nullptr) {
+    row.ids[0] = choose_one(by, row.experts);
+  } else {
+    choose(by, row.mask, row.experts, row.top_k, row.ids);
+  }
   for (int64_t j = 0; j < row.top_k; ++j) {
     row.weights[j] = row.ids[j] < 0 ? acc_t<T>(0) : score[row.ids[j]];
   }
@@ -176,17 +285,36 @@ A norm2(const A* z, int64_t n) {
          }));
 }
 
+// body(unit) with unit(z) = z / denominator: by its inverse, unless that would be denormal.
+template <class A, class Body>
+auto with_quotient(A denominator, Body body) {
+  constexpr A kLarge = std::is_same_v<A, float> ? A(1e30) : A(1e300);
+  if (denominator < kLarge) {
+    const A inverse = A(1) / denominator;
+    return body([inverse](A z) { return z * inverse; });
+  }
+  return body([denominator](A z) { return z / denominator; });
+}
+
+template <class A>
+inline A relu(A x) {
+  return x <= A(0) ? A(0) : x;  // a NaN stays one
+}
+
 template <class T>
 void norm_topk(const RouterRow<T>& row, acc_t<T> coef, acc_t<T> eps) {
   using A = acc_t<T>;
-  A* score = row.scratch;
-  load_logits(row.logits, row.mask, row.experts, score);
-  const A denominator = norm2(score, row.experts) + eps;
-  for (int64_t e = 0; e < row.experts; ++e) {
-    const A unit = score[e] / denominator;
-    score[e] = coef * (unit <= A(0) ? A(0) : unit);  // a NaN stays one
-    row.importance[e] += score[e];
-  }
+  A* __restrict__ score = row.scratch;
+  A* __restrict__ importance = row.importance;
+  const int64_t experts = row.experts;
+  load_logits(row.logits, row.mask, experts, score);
+  with_quotient(norm2(score, experts) + eps, [&](auto unit) {
+    for (int64_t e = 0; e < experts; ++e) {
+      const A s = coef * relu(unit(score[e]));
+      score[e] = s;
+      importance[e] += s;
+    }
+  });
   choose_by_score(row, score, row.scratch + row.experts);
 }
 
@@ -209,21 +337,22 @@ void score_grad(const RouterRowBwd<T>& row, acc_t<T>* g) {
 template <class T>
 acc_t<T> norm_topk_bwd(const RouterRowBwd<T>& row, acc_t<T> coef, acc_t<T> eps) {
   using A = acc_t<T>;
-  A* z = row.scratch;
-  A* g = row.scratch + row.experts;
-  load_logits(row.logits, row.mask, row.experts, z);
+  const int64_t experts = row.experts;
+  A* __restrict__ z = row.scratch;
+  A* __restrict__ g = row.scratch + experts;
+  T* __restrict__ grad_logits = row.grad_logits;
+  load_logits(row.logits, row.mask, experts, z);
   score_grad(row, g);
-  const A norm = norm2(z, row.experts);
+  const A norm = norm2(z, experts);
   const A denominator = norm + eps;
-  const A dot = lane_sum<A>(row.experts, [&](int64_t e) {
-    const A unit = z[e] / denominator;
-    return g[e] * (unit <= A(0) ? A(0) : unit);
+  const A dot = with_quotient(denominator, [&](auto unit) {
+    return lane_sum<A>(experts, [&](int64_t e) { return g[e] * relu(unit(z[e])); });
   });
   const A outer = coef / denominator;
   const A inner = norm > A(0) || norm != norm ? dot / norm : A(0);
-  for (int64_t e = 0; e < row.experts; ++e) {
+  for (int64_t e = 0; e < experts; ++e) {
     const A through_relu = z[e] > A(0) ? g[e] : (z[e] != z[e] ? z[e] : A(0));
-    row.grad_logits[e] = from_acc<T>(outer * (through_relu - z[e] * inner));
+    grad_logits[e] = from_acc<T>(outer * (through_relu - z[e] * inner));
   }
   return dot;
 }
@@ -232,7 +361,7 @@ acc_t<T> norm_topk_bwd(const RouterRowBwd<T>& row, acc_t<T> coef, acc_t<T> eps) 
 template <class T>
 void softmax(const T* logits, const bool* mask, int64_t experts, acc_t<T>* p) {
   using A = acc_t<T>;
-  constexpr A kHidden = -std::numeric_limits<A>::infinity();
+  constexpr A kHidden = -kInfinity<A>;
   bool any = false;
   for (int64_t e = 0; e < experts; ++e) {
     const bool hidden = mask != nullptr && mask[e];
@@ -272,7 +401,7 @@ void softmax_topk_bwd(const RouterRowBwd<T>& row, bool renormalize) {
   A* g = row.scratch + row.experts;
   softmax(row.logits, row.mask, row.experts, p);
   RouterRowBwd<T> direct = row;
-  A chosen_grad[16];
+  A chosen_grad[kMaxK];
   if (renormalize && row.grad_weights != nullptr) {
     A sum = 0;
     A dot = 0;
