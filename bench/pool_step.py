@@ -11,6 +11,9 @@ weights, one weight gradient of all layers writes the pool's gradient once.
 """
 
 import argparse
+import ctypes
+import gc
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -108,6 +111,15 @@ class PoolStep(nn.Module):
         return lambda x, r: module(x, r.experts.long(), r.weights.to(x.dtype))
 
 
+def release_free_memory() -> None:
+    """Back to the system, where the C library can: else what an earlier way freed hides the peak."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 class PeakMemory:
     """Greatest memory above that at the start: of the process (CPU, sampled) or of the GPU."""
 
@@ -121,6 +133,7 @@ class PeakMemory:
             return self
         import psutil
 
+        release_free_memory()
         self.process = psutil.Process()
         self.start = self.peak = self.process.memory_info().rss
         self.stopping = threading.Event()
@@ -205,6 +218,8 @@ def bench(shape: Shape, dtype_name: str, arguments: argparse.Namespace) -> dict:
     rate, bandwidth = measure_rates(dtype, device)
     peaks = {}
     for name, way in ways.items():
+        model.zero_grad()
+        x.grad = None
         with PeakMemory(device) as peak:
             way()
             synchronize(device)
