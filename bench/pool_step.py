@@ -112,7 +112,7 @@ class PoolStep(nn.Module):
 
 
 def release_free_memory() -> None:
-    """Back to the system, where the C library can: else what an earlier way freed hides the peak."""
+    """To the system, where the C library can: what an earlier way freed would hide the peak."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
