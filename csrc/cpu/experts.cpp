@@ -283,6 +283,7 @@ at::Tensor grouped_wgrad(at::TensorList grad, at::TensorList input, at::TensorLi
   const auto dtype = check_wgrad_dtype(grad, out_dtype);
   const WgradSegments segments(s, grad, input, order, offsets, grad_top_k);
   auto out = at::empty({s.experts, s.n, s.k}, grad[0].options().dtype(dtype));
+  advise_large_pages(out);
   with_kernel(grad[0].scalar_type(), true, [&](auto kernel) {
     using K = decltype(kernel);
     using T = typename K::Element;
@@ -459,6 +460,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp(const at::Tensor& x, const at::Ten
   const auto s = check_expert_mlp(x, weights, gate_up, down, order, inverse, offsets);
   const Layer layer("expert_mlp", s, x, weights, gate_up, down, order, inverse, offsets);
   auto out = alloc_expert_mlp(s, layer.x, keep_preact);
+  advise_large_pages(out.preact);
   const auto tasks = layer.tasks();
   with_kernel(x.scalar_type(), layer.even(), [&](auto kernel) {
     using K = decltype(kernel);
@@ -545,6 +547,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_bwd(
   const Layer layer("expert_mlp_bwd", s, grad, weights, gate_up, down, order, inverse, offsets);
   const auto preact = preact_in.contiguous();
   auto out = alloc_expert_mlp_bwd(s, layer.x, layer.weights);
+  advise_large_pages(out.grad_preact);
+  advise_large_pages(out.hidden);
   const auto tasks = layer.tasks();
   with_kernel(grad.scalar_type(), layer.even(), [&](auto kernel) {
     using K = decltype(kernel);

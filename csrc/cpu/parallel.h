@@ -6,8 +6,13 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <type_traits>
 
 #include "cpu/simd/loops.h"
@@ -44,6 +49,18 @@ const T* data(const at::Tensor& t) {
 template <class T>
 T* mutable_data(at::Tensor& t) {
   return reinterpret_cast<T*>(t.mutable_data_ptr<torch_t<T>>());
+}
+
+// Asks for large pages under a tensor that is about to be written for the first time: the gradient
+// of a pool is hundreds of MB, and faulting it in 4 KiB at a time takes as long as computing it.
+inline void advise_large_pages([[maybe_unused]] const at::Tensor& t) {
+#ifdef __linux__
+  constexpr uintptr_t kLargePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last = (begin + t.nbytes()) / kLargePage * kLargePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // Runs task(i) for i in [0, tasks), each thread taking the next one when it is free: tasks may
