@@ -11,6 +11,7 @@ import emulated
 import pytest
 import torch
 
+from unipool.nn import pool_pass
 from unipool.ops import dispatch, experts, router
 
 DTYPE_NAMES = {
@@ -82,7 +83,7 @@ def backend(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> Backend:
     chosen = request.param
-    for module in (router, dispatch, experts):
+    for module in (router, dispatch, experts, pool_pass):
         monkeypatch.setattr(module, "_ops", chosen.raw)
     return chosen
 

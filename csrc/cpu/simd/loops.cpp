@@ -9,6 +9,10 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace unipool::cpu::UNIPOOL_ISA {
 namespace {
 
@@ -36,45 +40,63 @@ inline T from_acc(acc_t<T> x) {
   }
 }
 
-// --- exp that vectorises: 2^n * p(r) with |r| <= ln(2) / 2; error below 2 ulp, 0 below -87.3.
+// --- exp that vectorises: 2^n * p(r) with |r| <= ln(2) / 2; error below 2 ulp.
 
-inline float exp_acc(float x) {
+constexpr float kExpMin = -87.33654f;
+constexpr float kExpMax = 88.72283f;
+
+inline float power_of_two(int32_t n) {
+  const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
+  float value;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+// For x in [kExpMin, kExpMax]: exp(x) / 2^n, and n in `power`.
+inline float exp_scaled(float x, int32_t& power) {
   constexpr float kLog2e = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f;
   constexpr float kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kMin = -87.33654f;
-  constexpr float kMax = 88.72283f;
-  const float clamped = x < kMin ? kMin : (x > kMax ? kMax : x);
-  const float shifted = clamped * kLog2e + kRound;
-  const float n = shifted - kRound;
-  const float r = (clamped - n * kLn2High) - n * kLn2Low;
+  const float n = (x * kLog2e + kRound) - kRound;
+  const float r = (x - n * kLn2High) - n * kLn2Low;
+  power = static_cast<int32_t>(n);
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // 2^n in two factors: n may be 128, whose power alone is out of range.
-  const int32_t half = static_cast<int32_t>(n) >> 1;
-  const int32_t rest = static_cast<int32_t>(n) - half;
-  const uint32_t half_bits = static_cast<uint32_t>(half + 127) << 23;
-  const uint32_t rest_bits = static_cast<uint32_t>(rest + 127) << 23;
-  float power_half;
-  float power_rest;
-  std::memcpy(&power_half, &half_bits, sizeof half_bits);
-  std::memcpy(&power_rest, &rest_bits, sizeof rest_bits);
-  const float value = p * power_half * power_rest;
-  const float saturated = x > kMax ? std::numeric_limits<float>::infinity() : value;
-  return x < kMin ? 0.0f : (x != x ? x : saturated);
+  return p * r * r + r + 1.0f;
+}
+
+// For |x| <= -kExpMin; a NaN stays one.
+inline float exp_inner(float x) {
+  int32_t power;
+  const float p = exp_scaled(x, power);
+  return p * power_of_two(power);
+}
+
+inline float exp_acc(float x) {
+  const float clamped = x < kExpMin ? kExpMin : (x > kExpMax ? kExpMax : x);
+  int32_t power;
+  const float p = exp_scaled(clamped, power);
+  const int32_t half = power >> 1;  // two factors: 2^128 alone is out of range
+  const float value = p * power_of_two(half) * power_of_two(power - half);
+  const float saturated = x > kExpMax ? std::numeric_limits<float>::infinity() : value;
+  return x < kExpMin ? 0.0f : (x != x ? x : saturated);
 }
 
 inline double exp_acc(double x) { return std::exp(x); }
 
-template <class A>
-inline A sigmoid(A x) {
-  return A(1) / (A(1) + exp_acc(-x));
+inline double sigmoid(double x) { return 1 / (1 + exp_acc(-x)); }
+
+// exp(-x) without its special cases: below -87.3 the result is 0, above 87.3 it is 1.
+inline float sigmoid(float x) {
+  constexpr float kLimit = 87.3f;
+  const float clamped = x > kLimit ? kLimit : (x < -kLimit ? -kLimit : x);
+  const float value = 1.0f / (1.0f + exp_inner(-clamped));
+  return x < -kLimit ? 0.0f : value;
 }
 
 // --- sums in a fixed number of lanes: vectorises, and the order never depends on the thread count.
@@ -435,7 +457,17 @@ acc_t<T> dot(const T* a, const T* b, int64_t n) {
 
 template <class T>
 void store(acc_t<T> scale, const acc_t<T>* x, T* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] = from_acc<T>(scale * x[i]);
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, bf16>) {  // an instruction that no compiler finds in from_acc
+    const __m512 by = _mm512_set1_ps(scale);
+    for (; i + 16 <= n; i += 16) {
+      const __m512 v = _mm512_mul_ps(by, _mm512_loadu_ps(x + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+  }
+#endif
+  for (; i < n; ++i) y[i] = from_acc<T>(scale * x[i]);
 }
 
 template <class T>
@@ -525,50 +557,49 @@ void store_transposed(const acc_t<T>* tile, int64_t ld, int64_t count, int64_t n
   }
 }
 
+constexpr int64_t kChunk = 128;  // elements that SwiGLU keeps in local arrays
+
 template <class T>
-void swiglu(const acc_t<T>* gate, const acc_t<T>* up, int64_t n, int64_t ld, acc_t<T>* out) {
-  for (int64_t i = 0; i < n * ld; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
-}
-
-void swiglu_pairs(const float* gate, const float* up, int64_t n, int64_t ld, bf16* out) {
-  auto* pairs = reinterpret_cast<uint32_t*>(out);
-  for (int64_t j = 0; j < n; j += 2) {
-    const float* g = gate + j * ld;
-    const float* u = up + j * ld;
-    uint32_t* row = pairs + j / 2 * ld;
-    for (int64_t r = 0; r < ld; ++r) {
-      const bf16 low = from_acc<bf16>(g[r] * sigmoid(g[r]) * u[r]);
-      const bf16 high = from_acc<bf16>(g[ld + r] * sigmoid(g[ld + r]) * u[ld + r]);
-      row[r] = uint32_t(low.bits) | uint32_t(high.bits) << 16;
-    }
+void swiglu(const acc_t<T>* gate, const acc_t<T>* up, T* preact_gate, T* preact_up, T* hidden,
+            int64_t n) {
+  using A = acc_t<T>;
+  for (int64_t at = 0; at < n; at += kChunk) {
+    const int64_t count = n - at < kChunk ? n - at : kChunk;
+    A h[kChunk];
+    for (int64_t i = 0; i < count; ++i) h[i] = gate[at + i] * sigmoid(gate[at + i]) * up[at + i];
+    store<T>(1, h, hidden + at, count);
   }
+  if (preact_gate == nullptr) return;
+  store<T>(1, gate, preact_gate, n);
+  store<T>(1, up, preact_up, n);
 }
 
+// Outputs may lie on the inputs of the same name, so everything goes through local arrays.
 template <class T>
 acc_t<T> swiglu_bwd(const acc_t<T>* grad, const T* gate, const T* up, acc_t<T> weight, T* grad_gate,
                     T* grad_up, T* hidden, int64_t n) {
   using A = acc_t<T>;
-  A lanes[kLanes] = {};
-  const auto one = [&](int64_t i) {
-    const A g = to_acc(gate[i]);
-    const A u = to_acc(up[i]);
-    const A s = sigmoid(g);
-    const A silu = g * s;
-    const A d = weight * grad[i];
-    grad_gate[i] = from_acc<T>(d * u * (s + silu * (A(1) - s)));
-    grad_up[i] = from_acc<T>(d * silu);
-    hidden[i] = from_acc<T>(weight * (silu * u));
-    return grad[i] * (silu * u);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += one(i + l);
+  A total = 0;
+  for (int64_t at = 0; at < n; at += kChunk) {
+    const int64_t count = n - at < kChunk ? n - at : kChunk;
+    A g[kChunk], u[kChunk], h[kChunk], terms[kChunk];
+    for (int64_t i = 0; i < count; ++i) g[i] = to_acc(gate[at + i]);
+    for (int64_t i = 0; i < count; ++i) u[i] = to_acc(up[at + i]);
+    for (int64_t i = 0; i < count; ++i) {
+      const A s = sigmoid(g[i]);
+      const A silu = g[i] * s;
+      const A d = weight * grad[at + i];
+      h[i] = weight * (silu * u[i]);
+      terms[i] = grad[at + i] * (silu * u[i]);
+      g[i] = d * u[i] * (s + silu * (A(1) - s));
+      u[i] = d * silu;
+    }
+    store<T>(1, g, grad_gate + at, count);
+    store<T>(1, u, grad_up + at, count);
+    store<T>(1, h, hidden + at, count);
+    total += lane_sum<A>(count, [&](int64_t i) { return terms[i]; });
   }
-  for (int l = 0; i + l < n; ++l) lanes[l] += one(i + l);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  }
-  return lanes[0];
+  return total;
 }
 
 }  // namespace
@@ -593,7 +624,6 @@ const Loops<T>& table() {
       t.transpose_narrow = transpose_narrow;
       t.transpose_pairs = transpose_pairs;
       t.interleave = interleave;
-      t.swiglu_pairs = swiglu_pairs;
     }
     return t;
   }();

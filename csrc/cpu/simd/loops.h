@@ -87,10 +87,10 @@ struct Loops {
   // be null.
   void (*store_transposed)(const acc* tile, int64_t ld, int64_t count, int64_t n, const acc* scale,
                            T* const* rows, int64_t column);
-  // silu(gate) * up of n * ld values, into the next product's operand: acc values in the same
-  // layout, or for bfloat16 pairs of rows (n even).
-  void (*swiglu)(const acc* gate, const acc* up, int64_t n, int64_t ld, acc* out);
-  void (*swiglu_pairs)(const acc* gate, const acc* up, int64_t n, int64_t ld, T* out);
+  // One row of pre-activations: kept as T (unless preact_gate is null), and hidden = silu(gate) *
+  // up.
+  void (*swiglu)(const acc* gate, const acc* up, T* preact_gate, T* preact_up, T* hidden,
+                 int64_t n);
   // One row: from d loss / d (silu(gate) * up) before the router weight, `grad`, to the gradients
   // of the pre-activations and the weighted hidden row; returns <grad, silu(gate) * up>.
   acc (*swiglu_bwd)(const acc* grad, const T* gate, const T* up, acc weight, T* grad_gate,
