@@ -36,7 +36,14 @@ SHAPE = {
 }
 NORM = {"router": "norm", "balance": "pool"}
 VANILLA = {"router": "softmax", "num_pools": 4, "balance": "layer", "balance_delay": 0}
-FORMS = {"norm": NORM, "vanilla": VANILLA, "grouped": {"num_pools": 2, "balance_delay": 0}}
+RECURRENT = {"router": "recurrent", "router_state_size": 12}
+FORMS = {
+    "norm": NORM,
+    "vanilla": VANILLA,
+    "grouped": {"num_pools": 2, "balance_delay": 0},
+    "recurrent": RECURRENT | {"router_scoring": "norm"},
+    "recurrent-vanilla": VANILLA | RECURRENT,
+}
 
 
 @pytest.fixture(params=DEVICES)
@@ -424,7 +431,7 @@ def test_distributed_data_parallel_finds_every_parameter_used(tmp_path, form):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("form", ["norm", "vanilla"])
+@pytest.mark.parametrize("form", ["norm", "vanilla", "recurrent"])
 def test_compiles_without_graph_breaks(form):
     model, twin = (make_model(**FORMS[form], use_cache=False).train() for _ in range(2))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -445,7 +452,7 @@ def trained(**overrides) -> UniPoolForCausalLM:
     model = make_model(**overrides).train()
     with torch.no_grad():
         for layer in model.model.layers:
-            if hasattr(layer.router, "scale"):
+            if getattr(layer.router, "scale", None) is not None:
                 layer.router.scale.fill_(1.25)
     model(make_ids(2, 6))
     assert all(fraction.sum() > 0.99 for fraction in states(model))
@@ -593,6 +600,16 @@ def test_initialization_has_the_configured_spread():
         ({"balance_coefficient": float("nan")}, "balance_coefficient must be a finite .* got nan"),
         ({"balance_coefficient": -1.0}, "balance_coefficient must be a finite .* got -1.0"),
         ({"norm_topk_prob": True}, "norm_topk_prob must be False unless router"),
+        (
+            RECURRENT | {"router_scoring": "norm", "norm_topk_prob": True},
+            "norm_topk_prob must be False unless .*, got router='recurrent', router_scoring='norm'",
+        ),
+        (RECURRENT | {"router_state_size": 0}, "router_state_size must be a positive integer"),
+        (RECURRENT | {"router_state_size": 1.5}, "router_state_size must be .*, got 1.5"),
+        (RECURRENT | {"router_scoring": "relu"}, "router_scoring must be one of .*, got 'relu'"),
+        ({"router_state_size": 8}, 'router_state_size must be None unless .*"recurrent", got 8'),
+        ({"router_scoring": "norm"}, "router_scoring must be None unless .*, got 'norm'"),
+        ({"router": "recurrent", "hidden_size": "32", "head_dim": 8}, "hidden_size must be a pos"),
         (
             {"norm_topk_prob": True, "router": "softmax", "num_experts_per_tok": 1},
             "norm_topk_prob must be False with num_experts_per_tok=1",

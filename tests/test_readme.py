@@ -39,3 +39,9 @@ def test_command_options_exist(command, rest):
     ).stdout
     for option in re.findall(r"--[a-z-]+", rest.split("#")[0]):
         assert option in text, f"unipool {command} has no {option}"
+
+
+def test_figures_are_those_of_the_committed_results():
+    script = ROOT / "bench" / "update_readme.py"
+    run = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -106,7 +106,16 @@ if typer is not None:
         pool_size: Annotated[int | None, _option("experts M in a pool", _MODEL, min=1)] = None,
         top_k: Annotated[int | None, _option("experts k a token", _MODEL, min=1)] = None,
         router: Annotated[
-            Literal["norm", "softmax"] | None, _option("how experts are scored", _MODEL)
+            Literal["norm", "softmax", "recurrent"] | None,
+            _option("how experts are scored; recurrent: a GRU over the layers", _MODEL),
+        ] = None,
+        router_state_size: Annotated[
+            int | None,
+            _option("width of the recurrent router's state [width D, at most 256]", _MODEL, min=1),
+        ] = None,
+        router_scoring: Annotated[
+            Literal["softmax", "norm"] | None,
+            _option("scores of the recurrent router [softmax]", _MODEL),
         ] = None,
         balance: Annotated[
             Literal["pool", "layer", "none"] | None, _option("what is kept in balance", _MODEL)

@@ -18,6 +18,11 @@ from unipool.ops.dispatch import DispatchPlan
 from unipool.ops.router import Routing
 
 
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits (1). x: [T, D], weight: [M, D] -> [T, M]."""
+    return _accumulator(x) @ _accumulator(weight).T
+
+
 def norm_topk(
     logits: Tensor,
     scale: Tensor,
@@ -56,6 +61,27 @@ def softmax_topk(
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total == 0, 1.0, total)  # 0 only where no expert is left
     return Routing(weights, experts, _load(experts, scores), scores.sum(0))
+
+
+def recurrent_logits(
+    x: Tensor, proj: Tensor, weight: Tensor, gru: dict[str, Tensor], state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [T, M] and next state [T, p] of one layer's recurrent router (11).
+
+    x [T, D], proj A_l [p, D], weight W_l [M, p], state h_(l-1) [T, p] or None for zeros; gru: W_ih
+    and W_hh [3p, p], b_ih and b_hh [3p] by torch.nn.GRUCell's names, rows in the order r, z, n.
+    """
+    u = _accumulator(x) @ _accumulator(proj).T
+    h = torch.zeros_like(u) if state is None else state.to(u.dtype)
+    w_r, w_z, w_n = gru["weight_ih"].to(u.dtype).chunk(3)
+    u_r, u_z, u_n = gru["weight_hh"].to(u.dtype).chunk(3)
+    b_r, b_z, b_n = gru["bias_ih"].to(u.dtype).chunk(3)
+    c_r, c_z, c_n = gru["bias_hh"].to(u.dtype).chunk(3)
+    r = torch.sigmoid(u @ w_r.T + b_r + h @ u_r.T + c_r)
+    z = torch.sigmoid(u @ w_z.T + b_z + h @ u_z.T + c_z)
+    n = torch.tanh(u @ w_n.T + b_n + r * (h @ u_n.T + c_n))
+    h = (1 - z) * n + z * h
+    return h @ _accumulator(weight).T, h
 
 
 def dispatch_plan(experts: Tensor | Sequence[Tensor], num_experts: int) -> DispatchPlan:

@@ -8,11 +8,13 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..nn.pool_pass import WEIGHT_GRADS
+from ..nn.recurrent import SCORINGS
 
 FORMAT_VERSION = 1
-ROUTERS = ("norm", "softmax")
+ROUTERS = ("norm", "softmax", "recurrent")
 BALANCES = ("pool", "layer", "none")
 MAX_TOP_K = 16  # what the routing kernels support
+MAX_DEFAULT_STATE = 256  # width of the recurrent router's state in the published code
 
 _POSITIVE_SIZES = (
     "vocab_size",
@@ -36,8 +38,11 @@ class UniPoolConfig(PreTrainedConfig):
     *one* expert is `intermediate_size`. Layer l uses pool floor(l * G / L): G = 1 is UniPool,
     G = num_hidden_layers is layer-private ("vanilla") MoE. A token takes `num_experts_per_tok`
     experts in each layer, in [1, min(num_experts, 16)].
-    `router`: "norm" (NormRouter) or "softmax". `norm_topk_prob` makes the chosen softmax weights
-    sum to one; with one expert a token the router would get no gradient, so that is refused.
+    `router`: "norm" (NormRouter), "softmax" or "recurrent" (RecurrentRouter; arXiv:2408.06793), the
+    last with a state of `router_state_size` numbers a token (default: hidden_size, at most 256) and
+    `router_scoring`, "softmax" (default, as published) or "norm"; both are None for other routers.
+    `norm_topk_prob` makes the chosen softmax weights sum to one; with one expert a token the router
+    would get no gradient, so that is refused.
     `balance`: "pool" (one loss a pool over all its layers), "layer" (one loss a layer) or "none";
     `balance_coefficient` is its weight, and `balance_delay` tells whether the expert fractions come
     from the previous micro-batch (1, as published) or from the same one (0, exact).
@@ -83,6 +88,8 @@ class UniPoolConfig(PreTrainedConfig):
     num_pools: int = 1
     num_experts_per_tok: int = 1
     router: str = "norm"
+    router_state_size: int | None = None
+    router_scoring: str | None = None
     norm_topk_prob: bool = False
     balance: str = "pool"
     balance_coefficient: float = 1e-2
@@ -102,6 +109,12 @@ class UniPoolConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}, got {self.hidden_size}",
             )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.router == "recurrent":
+            if self.router_state_size is None:
+                _check_size("hidden_size", self.hidden_size)
+                self.router_state_size = min(self.hidden_size, MAX_DEFAULT_STATE)
+            if self.router_scoring is None:
+                self.router_scoring = "softmax"
         _check(
             self.rope_parameters is None or isinstance(self.rope_parameters, dict),
             f"rope_parameters must be a dict, got {self.rope_parameters!r}",
@@ -115,6 +128,7 @@ class UniPoolConfig(PreTrainedConfig):
             _check_size(name, getattr(self, name))
         self._check_backbone()
         self._check_experts()
+        self._check_router()
         self._check_balance()
         super().validate()
 
@@ -175,12 +189,28 @@ class UniPoolConfig(PreTrainedConfig):
             self.weight_grad in WEIGHT_GRADS,
             f"weight_grad must be one of {WEIGHT_GRADS}, got {self.weight_grad!r}",
         )
+
+    def _check_router(self):
         _check(self.router in ROUTERS, f"router must be one of {ROUTERS}, got {self.router!r}")
+        if self.router == "recurrent":
+            _check_size("router_state_size", self.router_state_size)
+            _check(
+                self.router_scoring in SCORINGS,
+                f"router_scoring must be one of {SCORINGS}, got {self.router_scoring!r}",
+            )
+        else:
+            for name in ("router_state_size", "router_scoring"):
+                value = getattr(self, name)
+                _check(
+                    value is None,
+                    f'{name} must be None unless router is "recurrent", got {value!r}',
+                )
         if self.norm_topk_prob:
             _check(
-                self.router == "softmax",
-                'norm_topk_prob must be False unless router is "softmax", '
-                f"got router={self.router!r}",
+                "softmax" in (self.router, self.router_scoring),
+                'norm_topk_prob must be False unless router is "softmax", or "recurrent" with '
+                f'router_scoring="softmax", got router={self.router!r}, '
+                f"router_scoring={self.router_scoring!r}",
             )
             _check(
                 self.num_experts_per_tok > 1,

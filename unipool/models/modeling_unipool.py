@@ -27,7 +27,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..nn import ExpertPool, NormRouter, PoolBalancer, PoolPass, SoftmaxRouter, pooled_moe
+from ..nn import (
+    ExpertPool,
+    NormRouter,
+    PoolBalancer,
+    PoolPass,
+    RecurrentRouter,
+    SoftmaxRouter,
+    pooled_moe,
+)
 from ..ops import Routing
 from .configuration_unipool import UniPoolConfig
 
@@ -72,25 +80,31 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        state: Tensor | None,
         experts: PoolPass,
+        cell: nn.GRUCell | None = None,
         tokens: Tensor | None = None,
         **kwargs,
-    ) -> tuple[Tensor, ...]:
-        """hidden_states [B, S, D]; tokens: flat ids of the positions to route, None for all.
+    ) -> tuple[Tensor | None, ...]:
+        """hidden_states [B, S, D]; tokens: flat ids of the T positions to route, None for all.
 
-        Returns (hidden_states, *Routing). The routing is not nested, because reentrant
-        checkpointing tracks gradients only through tensors at the top level of the output.
+        state: [T, p] of the recurrent router in the layer below, and cell, its GRU; else None.
+        Returns (hidden_states, state, *Routing). Reentrant checkpointing tracks gradients only
+        through positional arguments and through tensors at the top level of the output.
         """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
-        if tokens is None:
-            y, routing = pooled_moe(x, self.router, experts)
+        rows = x.flatten(0, 1)
+        routed = rows if tokens is None else rows[tokens]
+        if cell is None:
+            y, routing = pooled_moe(routed, self.router, experts)
         else:
-            rows = x.flatten(0, 1)
-            routed, routing = pooled_moe(rows[tokens], self.router, experts)
-            y = torch.zeros_like(rows).index_copy(0, tokens, routed.to(rows.dtype)).view_as(x)
-        return hidden_states + y, *routing
+            routing, state = self.router(routed, cell, state)
+            y = experts(routed, routing)
+        if tokens is not None:
+            y = torch.zeros_like(rows).index_copy(0, tokens, y.to(rows.dtype))
+        return hidden_states + y.view_as(x), state, *routing
 
 
 class UniPoolPreTrainedModel(PreTrainedModel):
@@ -114,11 +128,16 @@ class UniPoolPreTrainedModel(PreTrainedModel):
         # The functions of `init` leave alone what a checkpoint has already filled.
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, NormRouter):
+        if isinstance(module, NormRouter | SoftmaxRouter | RecurrentRouter):
             init.normal_(module.weight, std=std)
-            init.ones_(module.scale)
-        elif isinstance(module, SoftmaxRouter):
-            init.normal_(module.weight, std=std)
+            if getattr(module, "scale", None) is not None:
+                init.ones_(module.scale)
+        elif isinstance(module, nn.GRUCell):
+            for name, parameter in module.named_parameters():
+                if name.startswith("bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, std=std)
         elif isinstance(module, ExpertPool):
             init.normal_(module.gate_up_proj, std=std)
             init.normal_(module.down_proj, std=std)
@@ -128,6 +147,9 @@ class UniPoolPreTrainedModel(PreTrainedModel):
 
 class UniPoolModel(UniPoolPreTrainedModel):
     """The backbone: embeddings, L layers, G pools; `layers[l]` uses `pools[config.pool_index(l)]`.
+
+    With the recurrent router `router_cell` is the GRU of all layers, whatever pool they use. Its
+    state goes up through the layers within one forward and is not kept: no cache holds it.
 
     Positions whose 2-D attention_mask is 0 are padding: no expert sees them, their MLP output is
     zero, and they count in no load, importance or balance loss. Looking for them makes the host
@@ -152,6 +174,9 @@ class UniPoolModel(UniPoolPreTrainedModel):
             )
             for _ in range(config.num_pools)
         )
+        self.router_cell = None
+        if config.router == "recurrent":
+            self.router_cell = nn.GRUCell(config.router_state_size, config.router_state_size)
         self.balancers = nn.ModuleList(
             PoolBalancer(config.num_experts, config.balance_coefficient, config.balance_delay)
             for _ in _balanced_layers(config)
@@ -200,9 +225,12 @@ class UniPoolModel(UniPoolPreTrainedModel):
         # Layers leave their weight gradients with the pass; see nn/pool_pass.py.
         passes = [pool.begin_pass() for pool in self.pools]
         routings = []
+        state = None
         for index, layer in enumerate(self.layers):
-            hidden_states, *routing = layer(
+            hidden_states, state, *routing = layer(
                 hidden_states,
+                state,
+                cell=self.router_cell,
                 experts=passes[self.config.pool_index(index)],
                 tokens=tokens,
                 attention_mask=causal_mask,
@@ -304,10 +332,17 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
         )
 
 
-def _make_router(config: UniPoolConfig) -> NormRouter | SoftmaxRouter:
+def _make_router(config: UniPoolConfig) -> NormRouter | SoftmaxRouter | RecurrentRouter:
     sizes = (config.hidden_size, config.num_experts, config.num_experts_per_tok)
     if config.router == "norm":
         return NormRouter(*sizes)
+    if config.router == "recurrent":
+        return RecurrentRouter(
+            *sizes,
+            config.router_state_size,
+            config.router_scoring,
+            renormalize=config.norm_topk_prob,
+        )
     return SoftmaxRouter(*sizes, renormalize=config.norm_topk_prob)
 
 

@@ -133,8 +133,14 @@ def parameter_counts(config: PreTrainedConfig) -> dict[str, int]:
         bias = 2 * config.intermediate_size + width if config.mlp_bias else 0
         total = shared + layers * (mlp + bias)
         return {"total": total, "expert": 0, "active": total}
-    router = config.num_experts * width + (1 if config.router == "norm" else 0)
-    shared += layers * router
+    state = config.router_state_size
+    if config.router == "recurrent":
+        router = state * width + config.num_experts * state
+        shared += 6 * state * (state + 1)  # the GRU: three gates of two matrices and two biases
+    else:
+        router = config.num_experts * width
+    scaled = "norm" in (config.router, config.router_scoring)
+    shared += layers * (router + (1 if scaled else 0))
     expert = config.num_pools * config.num_experts * mlp
     active = shared + layers * config.num_experts_per_tok * mlp
     return {"total": shared + expert, "expert": expert, "active": active}

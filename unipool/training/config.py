@@ -20,6 +20,8 @@ _MODEL_FIELDS = {  # option -> field of the model's configuration
     "pool_size": "num_experts",
     "top_k": "num_experts_per_tok",
     "router": "router",
+    "router_state_size": "router_state_size",
+    "router_scoring": "router_scoring",
     "balance": "balance",
     "balance_coefficient": "balance_coefficient",
     "balance_delay": "balance_delay",
@@ -47,6 +49,8 @@ class TrainConfig:
     pool_size: int | None = None
     top_k: int | None = None
     router: str | None = None
+    router_state_size: int | None = None
+    router_scoring: str | None = None
     balance: str | None = None
     balance_coefficient: float | None = None
     balance_delay: int | None = None

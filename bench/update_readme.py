@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the figures of README.md from the JSON files under bench/results.
+
+    python bench/update_readme.py [--check]
+
+With --check nothing is written; the exit status says whether README.md is up to date.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
+MAIN_LAYERS = 12  # of the pool step's first table
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def demo() -> str:
+    rows = [
+        [
+            run["name"],
+            f"{run['num_pools']} × {run['pool_size']}",
+            f"{run['params_total'] / 1e6:.2f}M",
+            f"{run['params_expert'] / 1e6:.2f}M",
+            f"{run['val_loss']:.4f}",
+            f"{run['val_bits_per_byte']:.4f}",
+            f"{run['tokens_per_second']:,.0f}",
+        ]
+        for run in load("demo")["runs"]
+    ]
+    head = ["model", "pools × experts", "parameters", "of experts"]
+    head += ["validation loss (nats)", "bits per byte", "tokens/s"]
+    return (
+        "**The demo** (`make demo`, seed 0): three models of equal active size on the source of "
+        "Python's standard library,\nbyte by byte. Small models, little training, one seed: a "
+        "small difference says nothing about models of another size.\n\n" + table(head, rows)
+    )
+
+
+def time_of(case: dict, name: str) -> dict | None:
+    return next((t for t in case["timings"] if t["name"] == name), None)
+
+
+def milliseconds(timing: dict) -> str:
+    low, mid, high = (f"{1e3 * timing[key]:.0f}" for key in ("p10", "median", "p90"))
+    return f"{mid} [{low}, {high}]"
+
+
+def pool_step() -> str:
+    cases = load("pool_step_cpu")["results"]
+    main = [case for case in cases if case["layers"] == MAIN_LAYERS]
+    c = main[0]
+    head = [""]
+    for case in main:
+        head += [f"{case['dtype']} (ms)", "to deferred"]
+    rows = []
+    for timing in c["timings"]:
+        row = [timing["name"]]
+        for case in main:
+            row.append(milliseconds(time_of(case, timing["name"])))
+            row.append(f"{case['ratio_to_ours'][timing['name']]:.2f}x")
+        rows.append(row)
+    floor = ["floor"]
+    for case in main:
+        floor += [f"{1e3 * case['floor']:.0f}", f"{1 / case['ours_over_floor']:.2f}x"]
+    text = (
+        f"**The pool step** (`python bench/pool_step.py`): {c['layers']} layers of norm, router "
+        f"and one shared pool, forward and backward;\nT {c['tokens']}, D {c['d_model']}, "
+        f"F {c['d_ff']}, M {c['experts']}, k {c['top_k']}. Median [p10, p90]. The floor is "
+        "max(FLOPs / matmul rate, bytes / read bandwidth)\nof each pass, rates and bandwidth "
+        "measured in the same run.\n\n"
+    )
+    text += table(head, [*rows, floor])
+    sweep = [
+        [
+            case["dtype"],
+            str(case["layers"]),
+            f"{1e3 * time_of(case, 'unipool deferred')['median'] / case['layers']:.1f}",
+            f"{1e3 * time_of(case, 'grouped_mm')['median'] / case['layers']:.1f}",
+            f"{case['ratio_to_ours']['grouped_mm']:.2f}x",
+            f"{case['ours_over_floor']:.2f}x",
+        ]
+        for case in cases
+    ]
+    head = ["", "layers", "ours (ms a layer)", "grouped_mm (ms a layer)", "ratio", "ours to floor"]
+    return text + "\nBy the number of layers that share the pool:\n\n" + table(head, sweep)
+
+
+def single_ops() -> str:
+    f32, bf16, router = (result["ratio"] for result in load("ops_cpu")["results"][:3])
+    return (
+        f"**Single ops** (`make bench`; same shape): `expert_mlp` forward {f32:.1f}x (float32) and "
+        f"{bf16:.1f}x (bfloat16) faster than sort,\ngather, `grouped_mm`, SwiGLU and scatter; "
+        f"`norm_topk` forward and backward {router:.1f}x faster than the eager formula.\n"
+    )
+
+
+def precision() -> str:
+    errors = {r["layers"]: r["error"] for r in load("wgrad_precision")["results"]}
+    layers = ", ".join(map(str, errors))
+    deferred, autograd = (
+        ", ".join(f"{e[mode]:.1e}" for e in errors.values()) for mode in ("deferred", "autograd")
+    )
+    return (
+        f"**Precision** (`python bench/wgrad_precision.py`): relative error of a bfloat16 weight "
+        f"gradient over L = {layers} layers\nagainst the float64 sum: deferred {deferred}; "
+        f"autograd's own additions {autograd}.\n"
+    )
+
+
+def figures() -> str:
+    torch = load("pool_step_cpu")["environment"]["torch"].split("+")[0]
+    head = (
+        f"All on two cores of an AMD EPYC processor with AVX-512, torch {torch}; each comes from a "
+        "JSON under `bench/results/`\nthrough `bench/update_readme.py`. Times of shared machines "
+        "vary: the ratios, measured in one run, are what counts.\n"
+    )
+    return "\n".join([head, demo(), pool_step(), single_ops(), precision()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        sys.exit(f"{README.name}: no {BEGIN.strip()} and {END.strip()}")
+    updated = before + BEGIN + figures() + END + after
+    if arguments.check:
+        sys.exit(f"{README.name}: run bench/update_readme.py" if updated != text else 0)
+    README.write_text(updated)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,560 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RecurrentRouter against a transcription of its equations, and the models that use it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tolerance import Tolerance, check_close, check_equal
+from torch import Tensor, nn
+
+from unipool import reference
+from unipool.nn import ExpertPool, RecurrentRouter, pooled_moe
+from unipool.nn.recurrent import gru_step
+from unipool.nn.router import norm_router_calibration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+F64 = torch.float64
+LAYERS, D, M, K, P = 4, 16, 24, 3, 10
+SCORINGS = {
+    "softmax": {"scoring": "softmax"},
+    "renormalized": {"scoring": "softmax", "renormalize": True},
+    "norm": {"scoring": "norm"},
+}
+GRU = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+@pytest.fixture(params=SCORINGS)
+def scoring(request) -> dict:
+    return SCORINGS[request.param]
+
+
+class Stack(nn.Module):
+    """The routers of several layers, and the GRU of all of them."""
+
+    def __init__(self, scoring: dict, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(P, P)
+        self.routers = nn.ModuleList(RecurrentRouter(D, M, K, P, **scoring) for _ in range(layers))
+        with torch.no_grad():
+            for parameter in self.cell.parameters():  # gates that are far from one half
+                parameter.normal_()
+            for layer, router in enumerate(self.routers):
+                if router.scale is not None:
+                    router.scale.fill_(1 + layer / 4)
+
+    def forward(self, xs: Tensor, mask: Tensor | None = None) -> list[tuple]:
+        """xs [L, T, D] -> (logits, state, Routing) of each layer."""
+        results, state = [], None
+        for x, router in zip(xs, self.routers, strict=True):
+            logits, _ = router.logits(x, self.cell, state)
+            routing, state = router(x, self.cell, state, mask)
+            results.append((logits, state, routing))
+        return results
+
+
+def transcribed(stack: Stack, xs: Tensor, mask: Tensor | None = None) -> list[tuple]:
+    """The same by unipool.reference alone."""
+    results, state = [], None
+    gru = {name: getattr(stack.cell, name) for name in GRU}
+    for x, router in zip(xs, stack.routers, strict=True):
+        logits, state = reference.recurrent_logits(x, router.proj.weight, router.weight, gru, state)
+        if router.scoring == "norm":
+            c = norm_router_calibration(M, K)
+            routing = reference.norm_topk(logits, router.scale, K, calibration=c, mask=mask)
+        else:
+            renormalize = router.renormalize
+            routing = reference.softmax_topk(logits, K, renormalize=renormalize, mask=mask)
+        results.append((logits, state, routing))
+    return results
+
+
+def loss_of(results: list[tuple], generator: torch.Generator) -> Tensor:
+    """A sum over all layers that every output enters with a weight of its own."""
+    loss = 0.0
+    for _, state, routing in results:
+        for t in (routing.weights, routing.importance, state):
+            weight = torch.randn(t.shape, generator=generator, dtype=F64).to(t)
+            loss = loss + (weight * t).sum()
+    return loss
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tokens(count: int = 30, layers: int = LAYERS, dtype=torch.float32) -> Tensor:
+    return torch.randn(layers, count, D, generator=seeded(), dtype=dtype)
+
+
+def cpu_double(stack: Stack) -> Stack:
+    return copy.deepcopy(stack).cpu().double()
+
+
+# --- the router
+
+
+def test_transcription_is_the_gru_of_torch():
+    """The reference is of the same recurrence that a GRUCell computes, in its layout of weights."""
+    cell = nn.GRUCell(P, P, dtype=F64)
+    x, h = torch.randn(2, 7, P, dtype=F64)
+    eye = torch.eye(P, dtype=F64)
+    gru = {name: getattr(cell, name) for name in GRU}
+    logits, state = reference.recurrent_logits(x, eye, eye, gru, h)
+    torch.testing.assert_close(state, cell(x, h), rtol=1e-12, atol=1e-14)
+    assert torch.equal(logits, state)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_step_is_the_gru_of_torch(bias):
+    cell = nn.GRUCell(P, P, bias=bias, dtype=F64)
+    u, h = torch.randn(2, 7, P, dtype=F64)
+    torch.testing.assert_close(gru_step(cell, u, h), cell(u, h), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_layers_equal_the_transcription_in_float64(scoring, masked):
+    stack = Stack(scoring).double()
+    twin = copy.deepcopy(stack)
+    mask = torch.arange(M) % 5 == 0 if masked else None
+    xs, twin_xs = (tokens(dtype=F64).requires_grad_() for _ in range(2))
+    got, due = stack(xs, mask), transcribed(twin, twin_xs, mask)
+    for (logits, state, routing), (due_logits, due_state, due_routing) in zip(
+        got, due, strict=True
+    ):
+        assert logits.dtype == state.dtype == routing.weights.dtype == F64
+        torch.testing.assert_close(logits, due_logits, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(state, due_state, rtol=1e-11, atol=1e-13)
+        check_equal(routing.experts, due_routing.experts)
+        check_equal(routing.load, due_routing.load)
+        torch.testing.assert_close(routing.weights, due_routing.weights, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            routing.importance, due_routing.importance, rtol=1e-10, atol=1e-12
+        )
+        assert state.abs().amax(0).min() > 0.1  # far from where the GRU is linear
+    loss_of(got, seeded(1)).backward()
+    loss_of(due, seeded(1)).backward()
+    names = [name for name, _ in stack.named_parameters()]
+    assert [n for n in names if n.startswith("cell")] == [f"cell.{name}" for name in GRU]
+    pairs = zip(stack.parameters(), twin.parameters(), strict=True)
+    for name, (a, b) in zip([*names, "x"], [*pairs, (xs, twin_xs)], strict=True):
+        assert b.grad.abs().max() > 1e-3, name
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "norm"])
+def test_gradcheck_through_two_layers(kind):
+    stack = Stack(SCORINGS[kind], layers=2).double()
+    xs = tokens(3, 2, F64).requires_grad_()
+    names = [name for name, _ in stack.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in stack.parameters()]
+
+    def outputs(xs, *values):
+        found = torch.func.functional_call(stack, dict(zip(names, values, strict=True)), (xs,))
+        return [t for _, h, r in found for t in (h, r.weights, r.importance)]
+
+    assert torch.autograd.gradcheck(outputs, (xs, *values), fast_mode=True)
+
+
+def test_gradient_runs_down_through_the_state(scoring):
+    """What only the last layer routes reaches the projection of the first."""
+    stack = Stack(scoring)
+    stack(tokens())[-1][2].weights.square().sum().backward()
+    assert stack.routers[0].proj.weight.grad.abs().max() > 1e-6
+    assert stack.routers[0].weight.grad is None  # its logits are of its own layer
+
+
+def check_layers(got: list[tuple], due: list[tuple]) -> None:
+    """float32 results against float64; every layer adds to the rounding of the state."""
+    for layer, ((logits, state, routing), (due_logits, due_state, due_routing)) in enumerate(
+        zip(got, due, strict=True)
+    ):
+        tolerance = Tolerance(300 * (layer + 1), 0)
+        check_close(logits, due_logits, tolerance, torch.float32, "logits")
+        check_close(state, due_state, tolerance, torch.float32, "state")
+        check_equal(routing.experts.cpu(), due_routing.experts)
+        check_close(routing.weights, due_routing.weights, tolerance, torch.float32, "weights")
+        check_close(
+            routing.importance, due_routing.importance, tolerance, torch.float32, "importance"
+        )
+
+
+def test_float32_layers_agree_with_float64(scoring, device):
+    stack = Stack(scoring).to(device)
+    due = transcribed(cpu_double(stack), tokens().double())
+    check_layers(stack(tokens().to(device)), due)
+
+
+def test_everything_is_float32_under_autocast_and_in_bfloat16(scoring, device):
+    stack = Stack(scoring).to(device)
+    xs = tokens().to(device)
+    plain = stack(xs)
+    with torch.autocast(device.type, torch.bfloat16):
+        lowered = stack(xs)
+    for a, b in zip(plain, lowered, strict=True):
+        for s, t in zip((*a[:2], *a[2]), (*b[:2], *b[2]), strict=True):
+            assert torch.equal(s, t)
+    narrow = copy.deepcopy(stack).bfloat16()
+    due = transcribed(cpu_double(narrow), xs.bfloat16().cpu().double())
+    got = narrow(xs.bfloat16())
+    check_layers(got, due)
+    loss_of(got, seeded(1)).backward()
+    for name, parameter in narrow.named_parameters():
+        assert parameter.grad.dtype == torch.bfloat16, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_no_tokens(scoring, device):
+    stack = Stack(scoring).to(device)
+    results = stack(tokens(0).to(device))
+    for _, state, routing in results:
+        assert state.shape == (0, P)
+        assert routing.experts.shape == (0, K)
+        assert routing.load.tolist() == [0] * M
+    loss_of(results, seeded()).backward()
+    assert all(p.grad.eq(0).all() for p in stack.cell.parameters())
+
+
+def test_tokens_do_not_see_each_other(scoring):
+    """No recurrence over time: a token's routing is the same in any company."""
+    stack = Stack(scoring)
+    xs = tokens(8)
+    together, alone = stack(xs), stack(xs[:, 5:6])
+    for (_, state, routing), (_, one_state, one) in zip(together, alone, strict=True):
+        torch.testing.assert_close(state[5:6], one_state)
+        torch.testing.assert_close(routing.weights[5:6], one.weights)
+        assert torch.equal(routing.experts[5:6], one.experts)
+
+
+def test_the_state_steers_the_routing(scoring):
+    stack = Stack(scoring)
+    xs = tokens(200)
+    kept = stack(xs)[1][2].experts
+    cut, _ = stack.routers[1](xs[1], stack.cell)
+    assert (kept != cut.experts).float().mean() > 0.1
+
+
+def test_layer_on_a_pool_trains_every_parameter(device):
+    """The router as pooled_moe's callable, in a model without Hugging Face."""
+    stack, pool = Stack(SCORINGS["norm"]).to(device), ExpertPool(M, D, 8).to(device)
+    x, state = tokens(layers=1)[0].to(device), None
+    experts = pool.begin_pass()
+    for router in stack.routers:
+        routing, state = router(x, stack.cell, state)
+        y, returned = pooled_moe(x, lambda _, routing=routing: routing, experts)
+        assert returned is routing
+        x = x + y
+    x.square().mean().backward()
+    for name, p in [*stack.named_parameters(), *pool.named_parameters()]:
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.ne(0).any(), name
+
+
+def test_parameters(scoring):
+    router = RecurrentRouter(D, M, K, P, **scoring)
+    shapes = {"proj.weight": (P, D), "weight": (M, P)}
+    if scoring["scoring"] == "norm":
+        shapes["scale"] = ()
+        assert router.scale.item() == 1.0
+        assert router.calibration == norm_router_calibration(M, K)
+    else:
+        assert router.scale is None
+    assert {n: tuple(p.shape) for n, p in router.named_parameters()} == shapes
+    low = RecurrentRouter(D, M, K, P, **scoring, dtype=torch.bfloat16)
+    assert low.proj.weight.dtype == low.weight.dtype == torch.bfloat16
+    assert low.scale is None or low.scale.dtype == torch.float32
+    wide = RecurrentRouter(400, 300, K, 100, **scoring)
+    assert abs(wide.proj.weight.std().item() * 20 - 1) < 0.03
+    assert abs(wide.weight.std().item() * 10 - 1) < 0.03
+    wide.reset_parameters(std=0.02)
+    assert abs(wide.proj.weight.std().item() / 0.02 - 1) < 0.03
+    assert abs(wide.weight.std().item() / 0.02 - 1) < 0.03
+
+
+def test_built_on_the_meta_device_and_filled_later(scoring):
+    with torch.device("meta"):
+        router = RecurrentRouter(D, M, K, P, **scoring)
+    assert all(p.is_meta for p in router.parameters())
+    router = router.to_empty(device="cpu")
+    router.reset_parameters()
+    routing, _ = router(torch.randn(5, D), nn.GRUCell(P, P))
+    assert routing.weights.isfinite().all()
+
+
+def test_compiles_without_graph_breaks(scoring):
+    stack = Stack(scoring)
+    twin = copy.deepcopy(stack)
+    compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
+    xs = tokens()
+    got, due = compiled(xs), twin(xs)
+    loss_of(got, seeded(1)).backward()
+    loss_of(due, seeded(1)).backward()
+    for (_, state, routing), (_, due_state, due_routing) in zip(got, due, strict=True):
+        torch.testing.assert_close(state, due_state)
+        torch.testing.assert_close(tuple(routing), tuple(due_routing))
+    for a, b in zip(stack.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+ROUTER = RecurrentRouter(8, 4, 2, 5)
+CELL = nn.GRUCell(5, 5)
+X = torch.zeros(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RecurrentRouter(0, 4, 1, 5), "d_model must be at least 1, got 0"),
+        (lambda: RecurrentRouter(8, 4, 5, 5), r"top_k must be in \[1, min\(M=4, 16\)\], got 5"),
+        (lambda: RecurrentRouter(8, 4, 2, 0), "d_state must be at least 1, got 0"),
+        (
+            lambda: RecurrentRouter(8, 4, 2, 5, "relu"),
+            "scoring must be one of softmax, norm, got 'relu'",
+        ),
+        (
+            lambda: RecurrentRouter(8, 4, 1, 5, renormalize=True),
+            "renormalize must be False unless .*, got True with scoring='softmax', top_k=1",
+        ),
+        (
+            lambda: RecurrentRouter(8, 4, 2, 5, "norm", renormalize=True),
+            "renormalize must be False unless .*, got True with scoring='norm'",
+        ),
+        (lambda: ROUTER(torch.zeros(3, 9), CELL), r"x must be \[T, 8\], got \[3, 9\]"),
+        (lambda: ROUTER(torch.zeros(8), CELL), r"x must be \[T, 8\], got \[8\]"),
+        (lambda: ROUTER(X, None), "cell must be a torch.nn.GRUCell, got NoneType"),
+        (lambda: ROUTER(X, nn.LSTMCell(5, 5)), "cell must be a torch.nn.GRUCell, got LSTMCell"),
+        (
+            lambda: ROUTER(X, nn.GRUCell(5, 6)),
+            r"cell must be GRUCell\(5, 5\), got GRUCell\(5, 6\)",
+        ),
+        (
+            lambda: ROUTER(X, CELL, torch.zeros(2, 5)),
+            r"state must be \[T=3, 5\], got \[2, 5\]",
+        ),
+        (
+            lambda: ROUTER(X, CELL, torch.zeros(5)),
+            r"state must be \[T=3, 5\], got \[5\]",
+        ),
+    ],
+)
+def test_bad_arguments_give_one_line(build, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        build()
+    assert str(caught.value).startswith("RecurrentRouter: ")
+    assert "\n" not in str(caught.value)
+
+
+# --- the model
+
+pytest.importorskip("transformers")
+
+from unipool.models import (  # noqa: E402
+    UniPoolConfig,
+    UniPoolForCausalLM,
+    parameter_counts,
+    preset,
+)
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
+    "balance_coefficient": 0.1,
+    "router": "recurrent",
+    "router_state_size": 12,
+}
+
+
+def make_model(**overrides) -> UniPoolForCausalLM:
+    torch.manual_seed(0)
+    return UniPoolForCausalLM(UniPoolConfig(**(SHAPE | overrides))).train()
+
+
+def make_ids(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(1, 64, shape, generator=seeded(seed))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def use_transcription(model: UniPoolForCausalLM) -> None:
+    """Let the model route by the reference, which passes the state on by itself."""
+    states: list[Tensor] = []
+
+    def route(layer, x, cell, state, mask=None):
+        router, gru = model.model.layers[layer].router, dict(cell.named_parameters())
+        before = None if layer == 0 else states[layer - 1]
+        del states[layer:]
+        z, after = reference.recurrent_logits(x, router.proj.weight, router.weight, gru, before)
+        states.append(after)
+        k = router.top_k
+        if router.scoring == "norm":
+            c = norm_router_calibration(router.num_experts, k)
+            return reference.norm_topk(z, router.scale, k, calibration=c), after
+        return reference.softmax_topk(z, k, renormalize=router.renormalize), after
+
+    for index, layer in enumerate(model.model.layers):
+        layer.router.forward = lambda *a, index=index: route(index, *a)
+
+
+@pytest.mark.parametrize("num_pools", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["softmax", "norm"])
+def test_model_equals_the_transcription_in_float64(kind, num_pools):
+    options = {"router_scoring": kind, "num_pools": num_pools, "balance_delay": 0}
+    model, twin = (make_model(**options).double() for _ in range(2))
+    use_transcription(twin)
+    ids = make_ids(2, 6)
+    output, due = model(ids, labels=ids), twin(ids, labels=ids)
+    assert torch.equal(output.load, due.load)
+    torch.testing.assert_close(output.logits, due.logits, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(output.loss, due.loss, rtol=1e-9, atol=0)
+    output.loss.backward()
+    due.loss.backward()
+    expected = gradients(twin)
+    assert [n for n in expected if "router_cell" in n] == [f"model.router_cell.{n}" for n in GRU]
+    for name, grad in gradients(model).items():
+        assert expected[name].abs().max() > 0, name
+        torch.testing.assert_close(grad, expected[name], rtol=1e-7, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("kind", ["softmax", "norm"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_gradient_checkpointing_changes_nothing(reentrant, kind, padding):
+    model, twin = (make_model(router_scoring=kind) for _ in range(2))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    if padding:
+        mask[0, 4:] = 0
+    for step in range(2):
+        ids = make_ids(2, 6, seed=step)
+        outputs = [each(ids, labels=ids, attention_mask=mask) for each in (model, twin)]
+        for output in outputs:
+            output.loss.backward()
+        torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-6, atol=1e-6)
+        assert torch.equal(outputs[0].load, outputs[1].load)
+    assert len(calls) == 2 * 2 * 4, "each layer must have been recomputed once a step"
+    expected = gradients(twin)
+    for name, grad in gradients(model).items():
+        assert expected[name].abs().max() > 0, name
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_padding_has_no_part_in_the_recurrence():
+    model = make_model(balance_delay=0)
+    first, second = make_ids(1, 4), make_ids(1, 6, seed=2)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    batch = torch.cat([nn.functional.pad(first, (0, 2)), second])
+    output, alone = model(batch, attention_mask=mask), [model(ids) for ids in (first, second)]
+    assert torch.equal(output.load, alone[0].load + alone[1].load)
+    torch.testing.assert_close(output.logits[:1, :4], alone[0].logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.logits[1:], alone[1].logits, rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_the_model_routes_in_float32():
+    model = make_model()
+    cells = []
+    model.model.layers[2].router.register_forward_hook(lambda *a: cells.append(a[2][1]))
+    ids = make_ids(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(ids, labels=ids)
+    output.loss.backward()
+    assert cells[0].dtype == torch.float32
+    assert output.routings[2].weights.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_one_cell_for_all_pools_is_saved_once(tmp_path):
+    model = make_model(num_pools=4, router_scoring="norm", num_experts_per_tok=1)
+    model.save_pretrained(tmp_path)
+    cells = [name for name in model.state_dict() if "cell" in name]
+    assert cells == [f"model.router_cell.{name}" for name in GRU]
+    loaded = UniPoolForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
+    wide = {n for n, t in loaded.state_dict().items() if t.dtype == torch.float32}
+    assert wide == {n for n in loaded.state_dict() if "router.scale" in n or "balancers" in n}
+    ids = make_ids(2, 6)
+    output, expected = loaded(ids, labels=ids), model(ids, labels=ids)
+    assert abs(output.loss - expected.loss) < 0.05 * expected.loss
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in loaded.parameters())
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert (kept["router"], kept["router_state_size"], kept["router_scoring"]) == (
+        "recurrent",
+        12,
+        "norm",
+    )
+
+
+def test_model_starts_with_its_own_spread():
+    torch.manual_seed(0)
+    model = UniPoolForCausalLM(preset("tiny", router="recurrent", router_state_size=48))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all(), name
+        elif "bias" in name:
+            assert (parameter == 0).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.01, rel=0.1), name
+
+
+def test_sizes_and_scores_by_default():
+    config = UniPoolConfig(**(SHAPE | {"router_state_size": None}))
+    assert (config.router_state_size, config.router_scoring) == (32, "softmax")
+    wide = preset("182m", router="recurrent")
+    assert wide.router_state_size == 256
+    norm = UniPoolConfig(**(SHAPE | {"router": "norm", "router_state_size": None}))
+    assert norm.router_state_size is norm.router_scoring is None
+
+
+@pytest.mark.parametrize("form", ["unipool", "vanilla"])
+@pytest.mark.parametrize("kind", ["softmax", "norm"])
+def test_parameter_counts(form, kind):
+    config = preset("tiny", form, router="recurrent", router_state_size=20, router_scoring=kind)
+    with torch.device("meta"):
+        model = UniPoolForCausalLM(config)
+    assert parameter_counts(config)["total"] == sum(p.numel() for p in model.parameters())
+
+
+# --- training
+
+
+def test_train_command(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("typer")
+    from unipool import cli
+
+    monkeypatch.setenv("UNIPOOL_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    out = tmp_path / "run"
+    small = ["--d-model", "32", "--d-ff", "32", "--layers", "2", "--heads", "2", "--pool-size", "4"]
+    small += ["--seq-len", "32", "--batch-size", "4", "--eval-tokens", "256", "--device", "cpu"]
+    small += ["--data", str(text)]
+    recurrent = ["--router", "recurrent", "--router-state-size", "8", "--router-scoring", "norm"]
+    steps = ["--steps", "2", "--log-every", "1"]
+    assert cli.main(["train", *small, *recurrent, *steps, "--out", str(out)]) == 0
+    model = UniPoolForCausalLM.from_pretrained(out / "model")
+    assert model.config.router_scoring == "norm"
+    assert model.model.router_cell.hidden_size == 8
+    more = ["train", "--resume", "--out", str(out), "--steps", "3"]
+    assert cli.main(more) == 0
+    capfd.readouterr()
+    bad = ["train", *small, "--router-state-size", "8", "--out", str(tmp_path / "bad")]
+    assert cli.main(bad) == 2
+    message = capfd.readouterr().err.strip()
+    assert "router_state_size must be None unless router" in message
+    assert "\n" not in message
