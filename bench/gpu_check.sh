@@ -5,13 +5,13 @@
 #   bench/gpu_check.sh OUT [--prebuilt DIR]
 #
 # Builds the ops (or, with --prebuilt, takes DIR/lib/libunipool_{cpu,cuda}.so and compiles nothing),
-# runs the op tests on cuda, compares the backends, times the kernels and the pool step, and runs
-# compute-sanitizer. JSON and logs go to OUT, summary.json says how each step ended. PYTHON names
+# runs the op tests on cuda, compares the backends, times the kernels, one layer and the pool step,
+# and runs compute-sanitizer. JSON and logs go to OUT, summary.json says how each step ended. PYTHON names
 # the Python to use, UNIPOOL_COMMIT the commit where there is no .git. Exit status: 0 if every step
 # passed or could not run here for want of a tool, 1 if one failed, 2 for a wrong call or no GPU.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-SUITES=(router dispatch experts contract nn pool_pass properties mutants)
+SUITES=(router dispatch experts memory contract nn pool_pass properties mutants)
 TOTAL_SECONDS=${TOTAL_SECONDS:-530}
 failed=0
 
@@ -77,7 +77,7 @@ run_tests() {
 }
 
 sanitize() {
-  local tool options smoke
+  local tool options
   if ! command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
       record "$tool" "not run" 0 "compute-sanitizer is not installed (it comes with the toolkit)"
@@ -88,24 +88,22 @@ sanitize() {
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck initcheck synccheck; do
     options=(--tool "$tool" --error-exitcode 9)
-    smoke=(bench/gpu_smoke.py)
     if [[ $tool == memcheck ]]; then
       options+=(--report-api-errors no) # PyTorch probes the driver with calls that may fail
-    else
-      smoke+=(--kernels-only) # a report about a kernel of PyTorch would be none about ours
     fi
-    EXPECT='SUMMARY: 0' step "$tool" 60 compute-sanitizer "${options[@]}" "$PYTHON" "${smoke[@]}"
+    EXPECT='SUMMARY: 0' step "$tool" 60 compute-sanitizer "${options[@]}" "$PYTHON" \
+      bench/gpu_smoke.py --few
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
+# pool_step NAME TOKENS D_MODEL D_FF EXPERTS: the width and pool of a scale, four layers of it.
 pool_step() {
-  if [[ ! -f bench/pool_step.py ]]; then return; fi
-  local peers=(grouped_mm)
+  local peers=(grouped_mm "grouped_mm compiled")
   if "$PYTHON" -c 'import transformers' 2>/dev/null; then peers+=("transformers grouped_mm"); fi
-  step pool_step 70 "$PYTHON" bench/pool_step.py --device cuda --layers 4 --tokens 8192 \
-    --d-model 1024 --d-ff 4096 --experts 64 --dtype bfloat16 --peers "${peers[@]}" \
-    --json "$OUT/pool_step.json"
+  step "pool_step_$1" 60 "$PYTHON" bench/pool_step.py --device cuda --layers 4 --tokens "$2" \
+    --d-model "$3" --d-ff "$4" --experts "$5" --dtype bfloat16 --peers "${peers[@]}" \
+    --json "$OUT/pool_step_$1.json"
 }
 
 # --- summary
@@ -219,11 +217,15 @@ main() {
     step compare_backends 90 "$PYTHON" bench/compare_backends.py "${flags[@]}" \
       --json "$OUT/compare_backends.json"
     step gpu_smoke 45 "$PYTHON" bench/gpu_smoke.py --profile --json "$OUT/kernels_ran.json"
-    step bench_kernels 70 "$PYTHON" bench/bench_kernels.py --json "$OUT/bench_kernels.json"
+    step bench_kernels 50 "$PYTHON" bench/bench_kernels.py --json "$OUT/bench_kernels.json"
+    step bench_experts 80 "$PYTHON" bench/bench_experts.py --json "$OUT/bench_experts.json"
+    pool_step 182m 32768 768 3072 96
+    pool_step 830m 8192 1024 4096 384
     sanitize
-    pool_step
   fi
-  if [[ -f $OUT/bench_kernels.log ]]; then cat "$OUT/bench_kernels.log"; fi
+  for log in bench_kernels bench_experts pool_step_182m pool_step_830m; do
+    if [[ -f $OUT/$log.log ]]; then cat "$OUT/$log.log"; fi
+  done
   write_summary || failed=1
   exit "$failed"
 }

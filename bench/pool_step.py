@@ -5,9 +5,11 @@
 
 Ours in three weight-gradient modes against torch's grouped_mm with autograd and, if transformers is
 installed, its experts implementation; dense matmuls of equal FLOPs as the bound. The routers are
-the same in all ways. Gradients are compared before anything is timed. The floor of a pass is
-max(FLOPs / rate, bytes / bandwidth), both measured in the same run: two passes a layer read the
-weights, one weight gradient of all layers writes the pool's gradient once.
+the same in all ways; the norm is a LayerNorm, one kernel of PyTorch each way. Gradients
+are compared before anything is timed. The floor of a pass is max(FLOPs / rate, bytes / bandwidth),
+rates and bandwidth measured in turn with the ways: two passes a layer read the weights, one weight
+gradient of all layers writes the pool's gradient once, and the routers' three products a layer are
+in float32.
 """
 
 import argparse
@@ -48,6 +50,11 @@ class Shape:
         return 6.0 * self.tokens * self.top_k * self.d_model * self.d_ff
 
     @property
+    def router_flops(self) -> float:
+        """Of one layer's logits, forward and both gradients."""
+        return 6.0 * self.tokens * self.d_model * self.experts
+
+    @property
     def pool_parameters(self) -> int:
         return 3 * self.d_model * self.d_ff * self.experts
 
@@ -81,7 +88,7 @@ class PoolStep(nn.Module):
     def forward(self, x: Tensor, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
         y = x
         for router in self.routers:
-            h = F.rms_norm(y if self.chained else x, x.shape[-1:])
+            h = F.layer_norm(y if self.chained else x, x.shape[-1:])
             y = y + pooled_moe(h, router, experts)[0]
         return y
 
@@ -92,6 +99,11 @@ class PoolStep(nn.Module):
     def grouped_mm(self) -> Callable[[Tensor, Routing], Tensor]:
         weights = self.pool.gate_up_proj, self.pool.down_proj
         return lambda x, routing: grouped_mm_layer(x, routing, *weights)
+
+    def compiled_grouped_mm(self) -> Callable[[Tensor, Routing], Tensor]:
+        weights = self.pool.gate_up_proj, self.pool.down_proj
+        layer = torch.compile(grouped_mm_layer, dynamic=False)
+        return lambda x, routing: layer(x, routing, *weights)
 
     def transformers_experts(self) -> Callable[[Tensor, Routing], Tensor]:
         from transformers import MixtralConfig
@@ -154,14 +166,38 @@ class PeakMemory:
         self.gib = (self.peak - self.start) / 2**30
 
 
-def measure_rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """FLOP/s of a large dense matmul and bytes/s of reading a large tensor."""
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    big = torch.ones(2**26, device=device)
-    ways = {"mm": lambda: torch.mm(a, b, out=out), "read": lambda: big.sum()}
-    mm, read = interleave(ways, warmup=2, runs=10, device=device)
-    return 2 * 2048**3 / mm.p10, big.nbytes / read.p10
+@dataclass(frozen=True)
+class Rates:
+    """What this machine reaches now: FLOP/s of large dense matmuls, bytes/s of reading memory."""
+
+    matmul: float
+    float32_matmul: float
+    read: float
+
+
+SIDE = 2048  # of the matrices that the rates are measured with
+READ_ELEMENTS = 2**26
+
+
+def rate_ways(dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
+    """One for each field of Rates, to be timed in turn with what they are a bound for."""
+
+    def matmul(dtype: torch.dtype) -> Callable[[], object]:
+        a, b = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        return lambda: torch.mm(a, b, out=out)
+
+    numbers = torch.ones(READ_ELEMENTS, device=device)
+    return {
+        "matmul": matmul(dtype),
+        "float32_matmul": matmul(torch.float32),
+        "read": lambda: numbers.sum(),
+    }
+
+
+def rates_of(timings: list[Timing]) -> Rates:
+    amounts = {"matmul": 2 * SIDE**3, "float32_matmul": 2 * SIDE**3, "read": 4 * READ_ELEMENTS}
+    return Rates(**{t.name: amounts[t.name] / t.median for t in timings})
 
 
 def dense(shape: Shape, dtype: torch.dtype, device: str) -> Callable[[], None]:
@@ -191,17 +227,20 @@ def make_ways(model: PoolStep, x: Tensor, grad: Tensor, peers: list[str]) -> dic
     ways = {f"unipool {m}": lambda m=m: step(lambda: model.ours(m)) for m in WEIGHT_GRADS}
     available = {
         "grouped_mm": model.grouped_mm,
+        "grouped_mm compiled": model.compiled_grouped_mm,
         "transformers grouped_mm": model.transformers_experts,
     }
     ways |= {name: lambda f=available[name]: step(f) for name in peers}
     return ways
 
 
-def floor_seconds(shape: Shape, itemsize: int, rate: float, bandwidth: float) -> float:
+def floor_seconds(shape: Shape, itemsize: int, rates: Rates) -> float:
     traffic = shape.pass_bytes(itemsize)
     flops = shape.pass_flops
-    per_layer = sum(max(flops / rate, traffic[p] / bandwidth) for p in ("forward", "dgrad"))
-    wgrad = max(shape.layers * flops / rate, traffic["wgrad"] / bandwidth)
+    per_layer = shape.router_flops / rates.float32_matmul + sum(
+        max(flops / rates.matmul, traffic[p] / rates.read) for p in ("forward", "dgrad")
+    )
+    wgrad = max(shape.layers * flops / rates.matmul, traffic["wgrad"] / rates.read)
     return shape.layers * per_layer + wgrad
 
 
@@ -215,7 +254,6 @@ def bench(shape: Shape, dtype_name: str, arguments: argparse.Namespace) -> dict:
     model.chained = False
     check(ways, dtype_name)
     model.chained = True
-    rate, bandwidth = measure_rates(dtype, device)
     peaks = {}
     for name, way in ways.items():
         model.zero_grad()
@@ -225,9 +263,12 @@ def bench(shape: Shape, dtype_name: str, arguments: argparse.Namespace) -> dict:
             synchronize(device)
         peaks[name] = peak.gib
     ways["dense matmul, equal FLOPs"] = dense(shape, dtype, device)
-    timings = interleave(ways, warmup=1, runs=arguments.runs, device=device)
-    floor = floor_seconds(shape, dtype.itemsize, rate, bandwidth)
-    return report(shape, dtype_name, timings, peaks, floor, rate, bandwidth)
+    bounds = rate_ways(dtype, device)
+    timings = interleave(ways | bounds, warmup=1, runs=arguments.runs, device=device)
+    rates = rates_of([t for t in timings if t.name in bounds])
+    floor = floor_seconds(shape, dtype.itemsize, rates)
+    timings = [t for t in timings if t.name in ways]
+    return report(shape, dtype_name, timings, peaks, floor, rates)
 
 
 def check(ways: dict[str, Callable], dtype_name: str) -> None:
@@ -244,15 +285,15 @@ def report(
     timings: list[Timing],
     peaks: dict[str, float],
     floor: float,
-    rate: float,
-    bandwidth: float,
+    rates: Rates,
 ) -> dict:
     ours = timings[0]
     print(
         f"\npool step  L={shape.layers} T={shape.tokens} D={shape.d_model} F={shape.d_ff} "
         f"M={shape.experts} k={shape.top_k} {dtype_name}\n"
-        f"  measured here: matmul {rate / 1e9:.0f} GFLOP/s, read {bandwidth / 1e9:.1f} GB/s; "
-        f"floor {1e3 * floor:.0f} ms"
+        f"  measured here: matmul {rates.matmul / 1e9:.0f} GFLOP/s (float32 "
+        f"{rates.float32_matmul / 1e9:.0f}), read {rates.read / 1e9:.1f} GB/s; "
+        f"floor {1e3 * floor:.0f} ms, {1e3 * ours.median / shape.layers:.1f} ms a layer"
     )
     for t in timings:
         peak = f"{peaks[t.name]:6.2f} GiB" if t.name in peaks else ""
@@ -268,8 +309,10 @@ def report(
         floor=floor,
         ours_over_floor=ours.median / floor,
         peak_gib=peaks,
-        matmul_flops=rate,
-        read_bandwidth=bandwidth,
+        matmul_flops=rates.matmul,
+        float32_matmul_flops=rates.float32_matmul,
+        read_bandwidth=rates.read,
+        seconds_per_layer=ours.median / shape.layers,
     )
 
 
@@ -287,7 +330,7 @@ def main() -> None:
         "--peers",
         nargs="*",
         default=["grouped_mm", "transformers grouped_mm"],
-        choices=["grouped_mm", "transformers grouped_mm"],
+        choices=["grouped_mm", "grouped_mm compiled", "transformers grouped_mm"],
     )
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each way")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -32,8 +32,19 @@ FLAVOURS = ("fast", "check", "asan")
 
 RUNTIME = ["emu_rt.cpp", "emu_collectives.cpp", "emu_memory.cpp", "emu_sm90.cpp"]
 KERNELS = ["cuda/router.cu", "cuda/dispatch.cu"]
+CUTE_KERNELS = [
+    "cuda/grouped_mm.cu",
+    "cuda/wgrad.cu",
+    "cuda/expert_mlp.cu",
+    "cuda/expert_mlp_bwd.cu",
+]
 GLUE = ["ops/schema.cpp", "ops/checks.cpp"]
-GLUE_CUDA = ["cuda/router_op.cpp", "cuda/dispatch_op.cpp", "cuda/experts_op.cpp"]
+GLUE_CUDA = [
+    "cuda/router_op.cpp",
+    "cuda/router_logits_op.cpp",
+    "cuda/dispatch_op.cpp",
+    "cuda/experts_op.cpp",
+]
 
 SANITIZE = [
     "-fsanitize=address,undefined",
@@ -43,6 +54,8 @@ SANITIZE = [
 ]
 RUNTIME_FLAGS = {"fast": ["-O3"], "check": ["-O3", "-DEMU_RACE"], "asan": ["-O1", *SANITIZE]}
 KERNEL_FLAGS = {"fast": ["-O2"], "check": ["-O1", "-fsanitize=thread"], "asan": ["-O1", *SANITIZE]}
+# Lines but no types in the debug information, of which CuTe has too many: half the time and memory.
+CUTE_FLAGS = ["-O1", "-g1"]
 COMMON = ["-fPIC", "-Wall", "-fno-gnu-unique", "-g"]
 # CuTe asks for the toolkit's version and calls the driver directly only when told so.
 SM90 = [
@@ -143,8 +156,14 @@ def kernel_source(
     flags += ["-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-local-typedefs"]
     if cute:
         flags += [f"-I{HERE / 'include'}", "-isystem", str(cutlass_include()), *SM90]
-    flags += [*_cuda_includes(), *KERNEL_FLAGS[flavour], *extra]
+    flags += [*_cuda_includes(), *KERNEL_FLAGS[flavour], *(CUTE_FLAGS if cute else []), *extra]
     return Source(path, tuple(flags), text)
+
+
+def kernel_sources(flavour: str) -> list[Source]:
+    """All kernels of the project."""
+    names = [*KERNELS, *CUTE_KERNELS]
+    return [kernel_source(CSRC / n, flavour, cute=n in CUTE_KERNELS) for n in names]
 
 
 def op_sources(flavour: str) -> list[Source]:
@@ -156,7 +175,7 @@ def op_sources(flavour: str) -> list[Source]:
         flags += ["-isystem", f"{torch_dir}/{include}"]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={abi}")
     glue = [Source(CSRC / name, tuple(flags)) for name in (*GLUE, *GLUE_CUDA)]
-    return glue + [kernel_source(CSRC / name, flavour) for name in KERNELS]
+    return glue + kernel_sources(flavour)
 
 
 @cache

@@ -73,12 +73,13 @@ char* shared_at(uint32_t offset);
 void cp_async(void* dst, const void* src, int bytes, int src_bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int pending, bool all);
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32; c is in and out.
+// mma.sync.aligned.m16n8k16.row.col.f32 of bf16 or f16 pairs; c is in and out.
 struct MmaArg {
   uint32_t a[4], b[2];
   float c[4];
 };
 void mma_bf16(MmaArg& arg, Site site);
+void mma_f16(MmaArg& arg, Site site);
 // ldmatrix.sync.aligned.m8n8.x{n}
 struct LdsmArg {
   const void* row;

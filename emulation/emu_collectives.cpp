@@ -158,6 +158,15 @@ float bf16_of(uint32_t pair, int high) {
   return f;
 }
 
+float f16_of(uint32_t pair, int high) {
+  const uint16_t u = high ? uint16_t(pair >> 16) : uint16_t(pair);
+  __half h;
+  memcpy(&h, &u, 2);
+  return __half2float(h);
+}
+
+// widen(pair, i): element i of two
+template <float (*widen)(uint32_t, int)>
 void mma_combine(void** lanes, uint32_t) {
   float a[16][16], b[16][8], d[16][8];
   for (int i = 0; i < 32; ++i) {
@@ -165,12 +174,12 @@ void mma_combine(void** lanes, uint32_t) {
     const int g = i / 4, t = i % 4;
     for (int h = 0; h < 2; ++h) {
       const int c = 2 * t + h;
-      a[g][c] = bf16_of(m->a[0], h);
-      a[g + 8][c] = bf16_of(m->a[1], h);
-      a[g][c + 8] = bf16_of(m->a[2], h);
-      a[g + 8][c + 8] = bf16_of(m->a[3], h);
-      b[c][g] = bf16_of(m->b[0], h);
-      b[c + 8][g] = bf16_of(m->b[1], h);
+      a[g][c] = widen(m->a[0], h);
+      a[g + 8][c] = widen(m->a[1], h);
+      a[g][c + 8] = widen(m->a[2], h);
+      a[g + 8][c + 8] = widen(m->a[3], h);
+      b[c][g] = widen(m->b[0], h);
+      b[c + 8][g] = widen(m->b[1], h);
       d[g][c] = m->c[h];
       d[g + 8][c] = m->c[2 + h];
     }
@@ -204,7 +213,11 @@ void ldmatrix_combine(void** lanes, uint32_t) {
 }  // namespace
 
 void mma_bf16(MmaArg& arg, Site site) {
-  warp_collective("mma.sync.m16n8k16.bf16", ~0u, site, &arg, mma_combine);
+  warp_collective("mma.sync.m16n8k16.bf16", ~0u, site, &arg, mma_combine<bf16_of>);
+}
+
+void mma_f16(MmaArg& arg, Site site) {
+  warp_collective("mma.sync.m16n8k16.f16", ~0u, site, &arg, mma_combine<f16_of>);
 }
 
 void ldmatrix(LdsmArg& arg, bool trans, Site site) {

@@ -34,7 +34,10 @@ def valid_arguments() -> dict[str, dict]:
         "grad_importance": torch.ones_like(routed.importance),
     }
     mlp = {"gate_up": gate_up, "down": down}
+    router = rand(CASE, "router", 6, 10).float()
     return {
+        "router_logits": {"x": x, "weight": router},
+        "router_logits_bwd": {"grad": z, "x": x, "weight": router},
         "norm_topk": {
             "logits": z, "scale": torch.tensor(1.0), "top_k": 2, "calibration": 1.0, "eps": 1e-8,
             **steer,
@@ -65,8 +68,9 @@ def valid_arguments() -> dict[str, dict]:
             "sum": torch.zeros(6, 10, 10), "grad": [y], "input": [x], "order": [p["order"]],
             "offsets": [p["offsets"]], "grad_top_k": 0, "input_top_k": 2,
         },
-        "expert_mlp_bwd": {
-            "grad": x, "weights": w, **mlp, **p, "preact": rand(CASE, "z", ROWS, 8).float(),
+        **{
+            op: {"grad": x, "weights": w, **mlp, **p, "preact": rand(CASE, "z", ROWS, 8).float()}
+            for op in ("expert_mlp_bwd", "expert_mlp_bwd_")
         },
     }  # fmt: skip
 
@@ -146,6 +150,8 @@ def numpy_like(t: Tensor) -> list:
 
 # Tensor arguments of each op, and what an error about their shape or device may name instead.
 TENSORS = {
+    "router_logits": {"x": "x|weight", "weight": "weight|x"},
+    "router_logits_bwd": {"grad": "", "x": "x|weight|grad", "weight": "weight|x|grad"},
     "norm_topk": {"logits": "logits|scale|bias|mask", "scale": "", "bias": "", "mask": ""},
     "softmax_topk": {"logits": "logits|bias|mask", "bias": "", "mask": ""},
     "dispatch_plan": {"experts": ""},
@@ -177,9 +183,12 @@ TENSORS = {
         "inverse": "inverse|grad|y|weights",
     },
     "grouped_mm_bwd_a": {"grad": "grad|b|offsets", "b": "b|grad|offsets", "offsets": ""},
-    "expert_mlp_bwd": {
-        "grad": ".*", "weights": "", "gate_up": "gate_up|down|preact|offsets", "down": "",
-        "order": "", "inverse": "inverse|weights|order", "offsets": "", "preact": "",
+    **{
+        op: {
+            "grad": ".*", "weights": "", "gate_up": "gate_up|down|preact|offsets", "down": "",
+            "order": "", "inverse": "inverse|weights|order", "offsets": "", "preact": "",
+        }
+        for op in ("expert_mlp_bwd", "expert_mlp_bwd_")
     },
 }  # fmt: skip
 
@@ -188,6 +197,8 @@ TENSORS = {
 NONE_IS_TORCHS = {("norm_topk_bwd", "logits"), ("softmax_topk_bwd", "logits")}
 # What looks spoilt but is not: one more token, a scale of one element.
 ALLOWED = {
+    ("router_logits", "x", longer),
+    ("router_logits", "weight", longer),
     ("norm_topk", "logits", longer),
     ("softmax_topk", "logits", longer),
     ("dispatch_plan", "experts", longer),
@@ -220,6 +231,19 @@ def generic_rows() -> list[tuple]:
 
 
 SPECIFIC = [
+    # router_logits
+    ("router_logits", "x", wider, "weight|x"),
+    ("router_logits", "x", lambda x: x[:, :0], "x"),  # D = 0
+    ("router_logits", "x", Tensor.half),
+    ("router_logits", "x", Tensor.bfloat16, "weight"),
+    ("router_logits", "weight", lambda w: w.T),
+    ("router_logits", "weight", lambda w: w[:0]),  # M = 0
+    ("router_logits", "weight", Tensor.bfloat16),
+    ("router_logits_bwd", "grad", wider),
+    ("router_logits_bwd", "grad", lambda g: g.T),
+    ("router_logits_bwd", "grad", Tensor.bfloat16),
+    ("router_logits_bwd", "grad", Tensor.double),
+    ("router_logits_bwd", "weight", wider, "weight"),
     # sizes and options of the routers
     *[
         (op, "top_k", value(k))
@@ -318,12 +342,19 @@ SPECIFIC = [
     ("unpermute_bwd", "order", put(0, ROWS)),
     ("unpermute_bwd", "inverse", put((0, 0), ROWS)),
     ("unpermute_bwd", "grad", wider, "grad|y"),
-    ("expert_mlp_bwd", "order", put(0, ROWS)),
-    ("expert_mlp_bwd", "inverse", put((0, 0), ROWS)),
-    ("expert_mlp_bwd", "offsets", put(6, ROWS + 1)),
-    ("expert_mlp_bwd", "offsets", put(2, 9)),
-    ("expert_mlp_bwd", "preact", wider),
-    ("expert_mlp_bwd", "preact", lambda z: z[:0]),
+    *[
+        (op, name, spoil)
+        for op in ("expert_mlp_bwd", "expert_mlp_bwd_")
+        for name, spoil in [
+            ("order", put(0, ROWS)),
+            ("inverse", put((0, 0), ROWS)),
+            ("offsets", put(6, ROWS + 1)),
+            ("offsets", put(2, 9)),
+            ("preact", wider),
+            ("preact", lambda z: z[:0]),
+        ]
+    ],
+    ("expert_mlp_bwd_", "preact", lambda z: z.t().contiguous().t()),
     # weight gradient over segments
     ("grouped_wgrad", "grad", value([]), "grad"),
     ("grouped_wgrad", "grad", lambda g: g[:1], "grad|input"),

@@ -264,6 +264,10 @@ def test_raw_expert_mlp_and_backward(case, dtype, backend, device):
     assert got[2].shape == (p.order.numel(), 2 * F)
     assert got[3].shape == (p.order.numel(), F)
 
+    grad_x, grad_weights, hidden = backend.raw.expert_mlp_bwd_(grad, *forward[1:], preact)
+    in_place = (grad_x, grad_weights, preact, hidden)
+    assert all(torch.equal(a, b) for a, b in zip(in_place, got, strict=True))
+
 
 def wgrad_problem(segments: int, gather_grad: bool, gather_input: bool, dtype, device):
     """Arguments of grouped_wgrad for segments of different lengths, and the float64 result."""
@@ -317,6 +321,39 @@ def test_raw_grouped_wgrad_in_place(gather_grad, gather_input, dtype, backend, d
         backend.raw.grouped_wgrad_(total, *arguments)
         assert total[empty].isnan().all()
         check_close(total[~empty], 1 + passes * due[~empty], Tolerance(600, 0), dtype)
+
+
+def test_raw_grouped_wgrad_of_more_segments_than_one_launch_takes(dtype, backend, device):
+    """Sums over launches are rounded once; an expert may have rows in the last of them only."""
+    M, n, K, segments = 4, 6, 5, 259
+    grads, inputs, offsets = [], [], []
+    due = torch.zeros(M, n, K, dtype=torch.float64)
+    for layer in range(segments):
+        e = 0 if layer < segments - 2 else 2
+        case = Case("many", 3, M, 1, n, K, seed=layer)
+        g, x = rand(case, "g", 3, n).to(dtype), rand(case, "x", 3, K).to(dtype)
+        due[e] += g.double().T @ x.double()
+        grads.append(g.to(device))
+        inputs.append(x.to(device))
+        bounds = [0] * (e + 1) + [3] * (M - e)
+        offsets.append(torch.tensor(bounds, dtype=torch.int32, device=device))
+    arguments = (grads, inputs, [], offsets, 0, 0)
+    got = backend.raw.grouped_wgrad(*arguments)
+    assert got.dtype == dtype
+    check_close(got, due, Tolerance(3 * segments, 1), dtype)
+    assert got[[1, 3]].eq(0).all()
+    total = torch.ones(M, n, K, dtype=acc_dtype(dtype), device=device)
+    backend.raw.grouped_wgrad_(total, *arguments)
+    check_close(total, 1 + due, Tolerance(3 * segments, 0), dtype)
+
+
+def test_more_experts_than_the_kernels_take(backend, device):
+    if backend.name == "cpu":
+        pytest.skip("the CPU has no limit")
+    a, b = torch.zeros(0, 8, device=device), torch.zeros(1025, 8, 8, device=device)
+    offsets = torch.zeros(1026, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"^grouped_mm: b must have at most 1024 experts"):
+        backend.raw.grouped_mm(a, b, offsets)
 
 
 def test_raw_grouped_mm_bwd_a(dtype, backend, device):

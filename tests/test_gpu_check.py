@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 sys.path.insert(0, str(ROOT / "bench"))
 
+import bench_experts  # noqa: E402
 import bench_kernels  # noqa: E402
 import compare_backends  # noqa: E402
 import gpu_smoke  # noqa: E402
@@ -103,7 +104,7 @@ def test_steps_and_summary(tmp_path: Path) -> None:
 
 
 @without_gpu
-@pytest.mark.parametrize("name", ["bench_kernels", "gpu_smoke"])
+@pytest.mark.parametrize("name", ["bench_kernels", "bench_experts", "gpu_smoke"])
 def test_parts_say_that_they_need_a_gpu(name: str) -> None:
     command = [sys.executable, ROOT / "bench" / f"{name}.py"]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -165,6 +166,46 @@ def test_verdicts() -> None:
     assert [bench_kernels.judge(router, 10.0, s) for s in (0.85, 0.84)] == ["pass", "short"]
     assert [bench_kernels.judge(plan, us, 0.0) for us in (30.0, 30.1)] == ["pass", "short"]
     assert bench_kernels.judge(bench_kernels.plan_call(96, 12), 99.0, 0.0) == "-"
+
+
+def test_expert_benchmark_runs_on_the_cpu(capsys: pytest.CaptureFixture) -> None:
+    result = bench_experts.bench(bench_experts.SMALL, 2, "cpu", compiler="eager")
+    assert [p["pass"] for p in result["products"]] == ["forward", "dgrad", "wgrad"]
+    assert all(p["share_of_floor"] > 0 for p in result["products"])
+    assert [t["name"] for t in result["layer"]] == [
+        "unipool",
+        "grouped_mm, compiled glue",
+        "eager loop",
+        "dense matmul, equal FLOPs",
+    ]
+    assert "T=96 D=32 F=48 M=6 k=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoilt", bench_experts.PARAMETERS)
+def test_expert_benchmark_times_nothing_that_differs(spoilt: str) -> None:
+    shape, place = bench_experts.SMALL, bench_experts.PARAMETERS.index(spoilt)
+    step = bench_experts.layer_step(
+        bench_experts.ops.expert_mlp, bench_experts.make_inputs(shape, "cpu")
+    )
+
+    def wrong() -> tuple[torch.Tensor, ...]:
+        return tuple(t.roll(1, 0) if n == place else t for n, t in enumerate(step()))
+
+    bench_experts.check({"ours": step, "same": step})
+    with pytest.raises(RuntimeError, match=f"^wrong: {spoilt}: relative error .*, not timed$"):
+        bench_experts.check({"ours": step, "wrong": wrong})
+
+
+def test_verdicts_of_the_expert_benchmark() -> None:
+    first, small = bench_experts.SHAPES[0], bench_experts.SMALL
+    judge = bench_experts.judge
+    assert [judge(first, "forward", s) for s in (0.55, 0.54)] == ["pass", "short"]
+    assert judge(first, "dgrad", 0.1) == judge(small, "forward", 0.1) == "-"
+
+
+def test_every_case_of_the_smoke_run_exists() -> None:
+    for names in (gpu_smoke.NAMES, gpu_smoke.EXPERT_NAMES, gpu_smoke.FEW_EXPERT_NAMES):
+        assert gpu_smoke.named(names)
 
 
 def test_kernels_that_did_not_run_are_named() -> None:

@@ -30,13 +30,15 @@ routing = ops.softmax_topk(logits, 2)
 plan = ops.dispatch_plan(routing.experts, 4)
 rows = ops.grouped_mm(ops.permute(a, plan), pool.gate_up_proj, plan.offsets)
 ops.unpermute(rows, plan, routing.weights).sum().backward()
+y, _ = pooled_moe(x, router, pool)
+y.sum().backward(retain_graph=True)  # expert_mlp_bwd; without retain_graph it is expert_mlp_bwd_
 lists = [torch.ones(32, 3)], [torch.ones(32, 5)], [], [plan.offsets]
 torch.ops.unipool.grouped_wgrad_(torch.zeros(4, 3, 5), *lists, 0, 0)
 """
 )
 PYTHON_OPS = {"snapshot"}  # of nn/balance.py: a copy, not worth a range
-FORWARD = ["norm_topk", "dispatch_plan", "expert_mlp"]
-BACKWARD = ["expert_mlp_bwd", "norm_topk_bwd"]
+FORWARD = ["router_logits", "norm_topk", "dispatch_plan", "expert_mlp"]
+BACKWARD = ["expert_mlp_bwd_", "norm_topk_bwd", "router_logits_bwd"]
 
 
 def nvtx_include() -> Path | None:

@@ -209,6 +209,13 @@ struct BackwardPointers {
   T* hidden;
 };
 
+// Brings n values into L2 while other work is done.
+template <class T>
+void fetch(const T* x, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(x + i, 0, 2);
+}
+
 // One task of the backward pass; layer.x holds the gradient of the output.
 template <class Products>
 void backward_task(const Task& task, const Layer& layer,
@@ -228,6 +235,11 @@ void backward_task(const Task& task, const Layer& layer,
   Acc* tile = w.tile.get(rows * kColumnsBwd);
   for (int64_t f = 0; f < s.d_ff; f += kColumnsBwd) {
     const int64_t n = std::min(kColumnsBwd, s.d_ff - f);
+    // Written layers ago; each row's part is a place of its own.
+    for (int64_t r = task.begin; r < task.end; ++r) {
+      fetch(p.preact + r * 2 * s.d_ff + f, n);
+      fetch(p.preact + (r * 2 + 1) * s.d_ff + f, n);
+    }
     w.products.nn(down + f, s.d_ff, n, tile, kColumnsBwd);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = task.begin + r;

@@ -1,125 +1,131 @@
 // SPDX-License-Identifier: Apache-2.0
-// The expert ops on CUDA, composed of the dispatch kernels and PyTorch's own operations: grouped
-// products are at::_grouped_mm where its alignment rules allow, else one product an expert, for
-// which the host has to wait for the offsets.
-#include <ATen/ATen.h>
+// The expert ops on CUDA: check, allocate, launch. Nothing waits for the device.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "cuda/op.h"
+#include "unipool/experts.h"
 
 namespace unipool::cuda {
 namespace {
 
-constexpr int64_t kGroupedMmAlignment = 16;  // bytes, of addresses and of rows
+// --- rows times weights
 
-bool grouped_mm_takes(const at::Tensor& t) {
-  const auto size = static_cast<int64_t>(t.element_size());
-  const int64_t row = std::max(t.stride(-1), t.stride(-2));
-  return t.numel() > 0 && std::min(t.stride(-1), t.stride(-2)) == 1 &&
-         row * size % kGroupedMmAlignment == 0 && is_aligned(t.const_data_ptr(), 0);
-}
+using GroupedMmLauncher = cudaError_t (*)(const GroupedMmArgs&, cudaStream_t);
 
-at::Tensor ends(const at::Tensor& offsets) { return offsets.slice(0, 1); }
-
-std::vector<int64_t> on_host(const at::Tensor& offsets) {
-  const auto host = offsets.to(at::kCPU);
-  const int32_t* o = host.const_data_ptr<int32_t>();
-  return {o, o + host.numel()};
-}
-
-// a [N, K], b [M, K, n] of any strides -> [N, n]: rows of expert e times b[e], zero past
-// offsets[M].
-at::Tensor row_products(const at::Tensor& a, const at::Tensor& b, const at::Tensor& offsets) {
-  const int64_t rows = a.size(0), experts = b.size(0);
-  if (rows > 0 && grouped_mm_takes(a) && grouped_mm_takes(b) &&
-      b.size(2) * static_cast<int64_t>(b.element_size()) % kGroupedMmAlignment == 0) {
-    auto out = at::_grouped_mm(a, b, ends(offsets));
-    const auto index = at::arange(rows, offsets.options());
-    return out.masked_fill_((index >= offsets[experts]).unsqueeze(1), 0);
-  }
-  auto out = at::zeros({rows, b.size(2)}, a.options());
-  const auto at_row = on_host(offsets);
-  for (int64_t e = 0; e < experts; ++e) {
-    auto here = out.slice(0, at_row[e], at_row[e + 1]);
-    if (here.size(0) > 0) at::mm_out(here, a.slice(0, at_row[e], at_row[e + 1]), b[e]);
-  }
-  return out;
-}
-
-// grad [N, n], input [N, K] in sorted rows -> [M, n, K]: grad^T input over the rows of each expert.
-at::Tensor column_products(const at::Tensor& grad, const at::Tensor& input,
-                           const at::Tensor& offsets) {
-  const int64_t experts = offsets.numel() - 1;
-  if (grouped_mm_takes(grad) && grouped_mm_takes(input)) {
-    const auto last = ends(offsets), first = offsets.slice(0, 0, experts);
-    auto out = at::_grouped_mm(grad.t(), input, last);
-    return out.masked_fill_((last == first).view({experts, 1, 1}), 0);  // not left to the library
-  }
-  auto out = at::zeros({experts, grad.size(1), input.size(1)}, grad.options());
-  const auto at_row = on_host(offsets);
-  for (int64_t e = 0; e < experts; ++e) {
-    if (at_row[e] == at_row[e + 1]) continue;
-    auto here = out[e];
-    at::mm_out(here, grad.slice(0, at_row[e], at_row[e + 1]).t(),
-               input.slice(0, at_row[e], at_row[e + 1]));
-  }
+at::Tensor row_products(const char* op, GroupedMmLauncher launch, const GroupedShape& s,
+                        int64_t width, const at::Tensor& a_in, const at::Tensor& b_in,
+                        const at::Tensor& offsets_in) {
+  LaunchScope scope(a_in);
+  const auto a = a_in.contiguous(), b = b_in.contiguous(), offsets = offsets_in.contiguous();
+  auto out = at::empty({s.rows, width}, a.options());
+  scope.run(launch, GroupedMmArgs{scope.data(a), scope.data(b), scope.data<int32_t>(offsets),
+                                  scope.mutable_data(out), s.rows, s.n, s.k,
+                                  static_cast<int>(s.experts), dtype_of(op, a), kAutoTile});
   return out;
 }
 
 at::Tensor grouped_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& offsets) {
-  check_grouped_mm(a, b, offsets);
-  const LaunchScope scope(a);
+  const auto s = check_grouped_mm(a, b, offsets);
   UNIPOOL_NVTX_RANGE("grouped_mm");
-  return row_products(a.contiguous(), b.contiguous().transpose(1, 2), offsets.contiguous());
+  return row_products("grouped_mm", launch_grouped_mm, s, s.n, a, b, offsets);
 }
 
 at::Tensor grouped_mm_bwd_a(const at::Tensor& grad, const at::Tensor& b,
                             const at::Tensor& offsets) {
-  check_grouped_mm_bwd_a(grad, b, offsets);
-  const LaunchScope scope(grad);
+  const auto s = check_grouped_mm_bwd_a(grad, b, offsets);
   UNIPOOL_NVTX_RANGE("grouped_mm_bwd_a");
-  return row_products(grad.contiguous(), b.contiguous(), offsets.contiguous());
+  return row_products("grouped_mm_bwd_a", launch_grouped_mm_bwd_a, s, s.k, grad, b, offsets);
 }
 
 // --- weight gradient
 
-// The rows of all segments, those of an expert together; rows past a segment's last one at the end.
-struct SortedRows {
-  at::Tensor grad, input, offsets;
+std::vector<at::Tensor> contiguous(at::TensorList tensors) {
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  for (const at::Tensor& t : tensors) result.push_back(t.contiguous());
+  return result;
+}
+
+// The segments of a weight gradient, contiguous.
+struct Segments {
+  std::vector<at::Tensor> grad, input, order, offsets;
+  int grad_top_k, input_top_k;
+
+  Segments(at::TensorList grad_in, at::TensorList input_in, at::TensorList order_in,
+           at::TensorList offsets_in, int64_t grad_k, int64_t input_k)
+      : grad(contiguous(grad_in)),
+        input(contiguous(input_in)),
+        order(contiguous(order_in)),
+        offsets(contiguous(offsets_in)),
+        grad_top_k(static_cast<int>(grad_k)),
+        input_top_k(static_cast<int>(input_k)) {}
+
+  size_t count() const { return grad.size(); }
+  int64_t rows(size_t i) const { return grad[i].size(0) * std::max(grad_top_k, 1); }
+
+  // The end of the segments from `first` on that one launch takes: its limit, and sorted rows of
+  // all of them that 32 bits can count.
+  size_t end_of_launch(size_t first) const {
+    const size_t most = std::min(count(), first + kMaxWgradSegments);
+    int64_t total = rows(first);
+    size_t end = first + 1;
+    while (end < most && total + rows(end) <= std::numeric_limits<int32_t>::max()) {
+      total += rows(end++);
+    }
+    return end;
+  }
 };
 
-SortedRows merge(const std::vector<at::Tensor>& grads, const std::vector<at::Tensor>& inputs,
-                 at::TensorList offsets) {
-  if (grads.size() == 1) return {grads[0], inputs[0], offsets[0].contiguous()};
-  std::vector<at::Tensor> expert;
-  auto sum = at::zeros_like(offsets[0]);
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const auto row = at::arange(grads[i].size(0), offsets[i].options());
-    expert.push_back(at::searchsorted(ends(offsets[i]).contiguous(), row, false, /*right=*/true));
-    sum.add_(offsets[i]);
+// One launch over the segments [first, end).
+void launch_wgrad(const char* op, LaunchScope& scope, const WgradShape& s, const Segments& segments,
+                  size_t first, size_t end, const at::Tensor& out, bool add) {
+  GroupedWgradArgs args{};
+  int64_t total = 0;
+  for (size_t i = first; i < end; ++i) {
+    args.segments[args.count++] = {
+        scope.data(segments.grad[i]), scope.data(segments.input[i]),
+        segments.order.empty() ? nullptr : scope.data<int32_t>(segments.order[i]),
+        scope.data<int32_t>(segments.offsets[i]), segments.rows(i)};
+    total += segments.rows(i);
   }
-  const auto order = at::argsort(at::cat(expert), /*stable=*/true);
-  return {at::cat(grads).index_select(0, order), at::cat(inputs).index_select(0, order), sum};
+  args.grad_top_k = segments.grad_top_k;
+  args.input_top_k = segments.input_top_k;
+  args.out = scope.mutable_data(out);
+  args.add = add;
+  args.n = s.n;
+  args.k = s.k;
+  args.experts = static_cast<int>(s.experts);
+  args.dtype = dtype_of(op, segments.grad[first]);
+  args.out_dtype = dtype_of(op, out);
+  args.workspace = scope.workspace(grouped_wgrad_workspace_bytes(total, args.experts), out);
+  args.tile = kAutoTile;
+  scope.run(launch_grouped_wgrad, args);
 }
 
 at::Tensor grouped_wgrad(at::TensorList grad, at::TensorList input, at::TensorList order,
                          at::TensorList offsets, int64_t grad_top_k, int64_t input_top_k,
                          std::optional<at::ScalarType> out_dtype) {
-  check_grouped_wgrad(grad, input, order, offsets, grad_top_k, input_top_k);
+  const auto s = check_grouped_wgrad(grad, input, order, offsets, grad_top_k, input_top_k);
   const auto dtype = check_wgrad_dtype(grad, out_dtype);
-  const LaunchScope scope(grad[0]);
+  LaunchScope scope(grad[0]);
   UNIPOOL_NVTX_RANGE("grouped_wgrad");
-  std::vector<at::Tensor> grads, inputs;
-  for (size_t i = 0; i < grad.size(); ++i) {
-    grads.push_back(grad_top_k > 0 ? permute(grad[i], order[i], grad_top_k) : grad[i].contiguous());
-    inputs.push_back(input_top_k > 0 ? permute(input[i], order[i], input_top_k)
-                                     : input[i].contiguous());
+  const Segments segments(grad, input, order, offsets, grad_top_k, input_top_k);
+  size_t end = segments.end_of_launch(0);
+  // What several launches add up stays in float32 until all have.
+  const auto sum_type = end == segments.count() ? dtype : at::kFloat;
+  auto out = at::empty({s.experts, s.n, s.k}, grad[0].options().dtype(sum_type));
+  launch_wgrad("grouped_wgrad", scope, s, segments, 0, end, out, false);
+  for (size_t first = end; first < segments.count(); first = end) {
+    end = segments.end_of_launch(first);
+    launch_wgrad("grouped_wgrad", scope, s, segments, first, end, out, true);
   }
-  const auto rows = merge(grads, inputs, offsets);
-  return column_products(rows.grad.to(dtype), rows.input.to(dtype), rows.offsets);
+  return out.to(dtype);
 }
 
 void grouped_wgrad_(at::Tensor& sum, at::TensorList grad, at::TensorList input,
@@ -127,35 +133,95 @@ void grouped_wgrad_(at::Tensor& sum, at::TensorList grad, at::TensorList input,
                     int64_t input_top_k) {
   const auto s = check_grouped_wgrad(grad, input, order, offsets, grad_top_k, input_top_k);
   check_wgrad_sum(sum, s, grad);
-  sum.add_(grouped_wgrad(grad, input, order, offsets, grad_top_k, input_top_k, sum.scalar_type()));
+  LaunchScope scope(sum);
+  UNIPOOL_NVTX_RANGE("grouped_wgrad_");
+  const Segments segments(grad, input, order, offsets, grad_top_k, input_top_k);
+  for (size_t first = 0, end; first < segments.count(); first = end) {
+    end = segments.end_of_launch(first);
+    launch_wgrad("grouped_wgrad_", scope, s, segments, first, end, sum, true);
+  }
 }
 
 // --- expert_mlp
 
-struct Activation {
-  at::Tensor gate, up, sigmoid;  // [N, F] float32
-  at::Tensor hidden() const { return gate * sigmoid * up; }
+// The weights and the plan of a layer call, contiguous.
+struct Layer {
+  at::Tensor weights, gate_up, down, order, inverse, offsets;
 };
 
-Activation activate(const at::Tensor& preact) {
-  const auto halves = preact.to(at::kFloat).chunk(2, 1);
-  return {halves[0], halves[1], halves[0].sigmoid()};
+Layer contiguous(const Layer& l) {
+  return {l.weights.contiguous(), l.gate_up.contiguous(), l.down.contiguous(),
+          l.order.contiguous(),   l.inverse.contiguous(), l.offsets.contiguous()};
 }
 
-std::tuple<at::Tensor, at::Tensor> expert_mlp(const at::Tensor& x, const at::Tensor& weights,
+// One row a slot, from a kernel that stores a token's only slot in the token's place: then it is
+// the result; otherwise rows are sorted, and those of a token are summed in slot order.
+at::Tensor combine(const at::Tensor& rows, const ExpertShape& s, const at::Tensor& inverse) {
+  return s.top_k == 1 ? rows : unpermute(rows, inverse, std::nullopt);
+}
+
+std::tuple<at::Tensor, at::Tensor> expert_mlp(const at::Tensor& x_in, const at::Tensor& weights,
                                               const at::Tensor& gate_up, const at::Tensor& down,
                                               const at::Tensor& order, const at::Tensor& inverse,
                                               const at::Tensor& offsets, bool keep_preact) {
-  const auto s = check_expert_mlp(x, weights, gate_up, down, order, inverse, offsets);
-  const LaunchScope scope(x);
+  const auto s = check_expert_mlp(x_in, weights, gate_up, down, order, inverse, offsets);
+  const DType dtype = dtype_of("expert_mlp", x_in);
+  LaunchScope scope(x_in);
   UNIPOOL_NVTX_RANGE("expert_mlp");
-  const auto bounds = offsets.contiguous();
-  auto preact =
-      row_products(permute(x, order, s.top_k), gate_up.contiguous().transpose(1, 2), bounds);
-  const auto hidden = activate(preact).hidden().to(x.scalar_type());
-  const auto rows = row_products(hidden, down.contiguous().transpose(1, 2), bounds);
-  if (!keep_preact) preact = at::empty({0, 2 * s.d_ff}, x.options());
-  return {unpermute(rows, inverse, weights), preact};
+  const auto x = x_in.contiguous();
+  const auto l = contiguous(Layer{weights, gate_up, down, order, inverse, offsets});
+  const auto experts = static_cast<int>(s.experts), top_k = static_cast<int>(s.top_k);
+
+  auto preact = at::empty({keep_preact ? s.rows() : 0, 2 * s.d_ff}, x.options());
+  auto hidden = at::empty({s.rows(), s.d_ff}, x.options());
+  scope.run(
+      launch_expert_up,
+      ExpertUpArgs{scope.data(x), scope.data(l.gate_up), scope.data<int32_t>(l.order),
+                   scope.data<int32_t>(l.offsets),
+                   keep_preact ? scope.mutable_data(preact) : nullptr, scope.mutable_data(hidden),
+                   s.rows(), s.d_model, s.d_ff, experts, top_k, dtype, kAutoTile});
+
+  auto rows = at::empty({s.rows(), s.d_model}, x.options());
+  scope.run(launch_expert_down,
+            ExpertDownArgs{scope.data(hidden), scope.data(l.down), scope.data<float>(l.weights),
+                           scope.data<int32_t>(l.order), scope.data<int32_t>(l.inverse),
+                           scope.data<int32_t>(l.offsets), scope.mutable_data(rows), s.rows(),
+                           s.d_model, s.d_ff, experts, top_k, dtype, kAutoTile});
+  return {combine(rows, s, l.inverse), preact};
+}
+
+struct LayerGrads {
+  at::Tensor x, weights, hidden;
+};
+
+// grad_preact may be preact itself.
+LayerGrads layer_backward(const char* op, const ExpertShape& s, const at::Tensor& grad_in,
+                          const Layer& layer, const at::Tensor& preact,
+                          const at::Tensor& grad_preact) {
+  const DType dtype = dtype_of(op, grad_in);
+  LaunchScope scope(grad_in);
+  const auto grad = grad_in.contiguous();
+  const auto l = contiguous(layer);
+  const auto experts = static_cast<int>(s.experts), top_k = static_cast<int>(s.top_k);
+
+  auto hidden = at::empty({s.rows(), s.d_ff}, grad.options());
+  auto grad_weights = at::empty({s.tokens, s.top_k}, l.weights.options());
+  void* workspace = scope.workspace(expert_hidden_bwd_workspace_bytes(s.rows(), s.d_ff), grad);
+  scope.run(launch_expert_hidden_bwd,
+            ExpertHiddenBwdArgs{scope.data(grad), scope.data(l.down), scope.data<float>(l.weights),
+                                scope.data<int32_t>(l.order), scope.data<int32_t>(l.inverse),
+                                scope.data<int32_t>(l.offsets), scope.data(preact),
+                                scope.mutable_data(grad_preact), scope.mutable_data(hidden),
+                                scope.mutable_data<float>(grad_weights), workspace, s.rows(),
+                                s.d_model, s.d_ff, experts, top_k, dtype, kAutoTile});
+
+  auto rows = at::empty({s.rows(), s.d_model}, grad.options());
+  scope.run(launch_expert_input_bwd,
+            ExpertInputBwdArgs{scope.data(grad_preact), scope.data(l.gate_up),
+                               scope.data<int32_t>(l.order), scope.data<int32_t>(l.inverse),
+                               scope.data<int32_t>(l.offsets), scope.mutable_data(rows), s.rows(),
+                               s.d_model, s.d_ff, experts, top_k, dtype, kAutoTile});
+  return {combine(rows, s, l.inverse), grad_weights, hidden};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_bwd(
@@ -164,30 +230,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_bwd(
     const at::Tensor& offsets, const at::Tensor& preact) {
   const auto s =
       check_expert_mlp_bwd(grad, weights, gate_up, down, order, inverse, offsets, preact);
-  const LaunchScope scope(grad);
   UNIPOOL_NVTX_RANGE("expert_mlp_bwd");
-  const auto bounds = offsets.contiguous();
-  const auto dtype = grad.scalar_type();
-  const auto a = activate(preact);
-  const auto hidden = a.hidden();
-  const auto grad_hidden =
-      row_products(permute(grad, order, s.top_k), down.contiguous(), bounds).to(at::kFloat);
+  auto grad_preact = at::empty({s.rows(), 2 * s.d_ff}, preact.options());
+  const auto got =
+      layer_backward("expert_mlp_bwd", s, grad, {weights, gate_up, down, order, inverse, offsets},
+                     preact.contiguous(), grad_preact);
+  return {got.x, got.weights, grad_preact, got.hidden};
+}
 
-  // Weight of a sorted row, and gradient of a slot's weight; 0 where there is no slot or no row.
-  const auto used = order >= 0, placed = inverse >= 0;
-  const auto weight =
-      at::where(used, weights.flatten().index_select(0, order.clamp_min(0)), 0.0).unsqueeze(1);
-  const auto row_grad = (grad_hidden * hidden).sum(1);
-  const auto slot_grad = row_grad.index_select(0, inverse.flatten().clamp_min(0));
-  const auto grad_weights = at::where(placed, slot_grad.view_as(inverse), 0.0);
-
-  const auto grad_act = grad_hidden * weight;
-  const auto silu = a.gate * a.sigmoid;
-  const auto silu_bwd = a.sigmoid * (1 + a.gate * (1 - a.sigmoid));
-  const auto grad_preact = at::cat({grad_act * a.up * silu_bwd, grad_act * silu}, 1).to(dtype);
-  const auto grad_rows = row_products(grad_preact, gate_up.contiguous(), bounds);
-  return {unpermute(grad_rows, inverse, std::nullopt), grad_weights, grad_preact,
-          (hidden * weight).to(dtype)};
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_mlp_bwd_(
+    const at::Tensor& grad, const at::Tensor& weights, const at::Tensor& gate_up,
+    const at::Tensor& down, const at::Tensor& order, const at::Tensor& inverse,
+    const at::Tensor& offsets, at::Tensor& preact) {
+  const auto s =
+      check_expert_mlp_bwd_(grad, weights, gate_up, down, order, inverse, offsets, preact);
+  UNIPOOL_NVTX_RANGE("expert_mlp_bwd_");
+  const auto got =
+      layer_backward("expert_mlp_bwd_", s, grad, {weights, gate_up, down, order, inverse, offsets},
+                     preact, preact);
+  return {got.x, got.weights, got.hidden};
 }
 
 }  // namespace
@@ -200,4 +261,5 @@ TORCH_LIBRARY_IMPL(UNIPOOL_NAMESPACE, UNIPOOL_CUDA_KEY, m) {
   m.impl("grouped_wgrad_", &unipool::cuda::grouped_wgrad_);
   m.impl("expert_mlp", &unipool::cuda::expert_mlp);
   m.impl("expert_mlp_bwd", &unipool::cuda::expert_mlp_bwd);
+  m.impl("expert_mlp_bwd_", &unipool::cuda::expert_mlp_bwd_);
 }

@@ -73,6 +73,14 @@ class Checker {
     }
   }
 
+  // `name` has one entry an expert; `like` tells the device.
+  void experts(const char* name, int64_t count, const at::Tensor& like) const {
+    at_least_one(name, "expert (M)", count);
+    if (on_cpu_kernels(like)) return;
+    TORCH_CHECK_VALUE(count <= kMaxExperts, op_, ": ", name, " must have at most ", kMaxExperts,
+                      " experts (M) on ", like.device(), ", got ", count);
+  }
+
   void dtype(const char* name, const at::Tensor& t, at::ScalarType expected) const {
     TORCH_CHECK_TYPE(t.scalar_type() == expected, op_, ": ", name, " must be ",
                      dtype_name(expected), ", got ", dtype_name(t.scalar_type()));
@@ -128,6 +136,17 @@ class Checker {
 };
 
 constexpr int64_t kAny = Checker::kAny;
+
+LogitsShape check_projection(const Checker& check, const at::Tensor& x, const at::Tensor& weight) {
+  check.shape("x", x, "[T, D]", {kAny, kAny});
+  check.floating("x", x);
+  check.at_least_one("x", "column (D)", x.size(1));
+  check.shape("weight", weight, "[M, D]", {kAny, x.size(1)});
+  check.at_least_one("weight", "expert (M)", weight.size(0));
+  check.same_dtype("weight", weight, "x", x);
+  check.same_device("weight", weight, "x", x);
+  return {x.size(0), weight.size(0), x.size(1)};
+}
 
 RouterShape check_logits(const Checker& check, const at::Tensor& logits, int64_t top_k,
                          const OptionalTensor& bias, const OptionalTensor& mask) {
@@ -211,7 +230,7 @@ void check_group_weights(const Checker& check, const char* name, const at::Tenso
   check.at_least_one("b", "column (K)", b.size(2));
   check.same_dtype("b", b, name, rows);
   check.same_device("b", b, name, rows);
-  check.at_least_one("b", "expert (M)", b.size(0));
+  check.experts("b", b.size(0), rows);
   check_index(check, "offsets", offsets, "[M + 1]", {b.size(0) + 1}, name, rows);
 }
 
@@ -227,7 +246,7 @@ ExpertShape check_pool_and_plan(const Checker& check, const char* x_name, const 
                     ": gate_up must have an even number of rows an expert (gate rows, then up "
                     "rows), got ",
                     gate_up.size(1));
-  check.at_least_one("gate_up", "expert (M)", gate_up.size(0));
+  check.experts("gate_up", gate_up.size(0), x);
   check.at_least_one("gate_up", "row an expert (2F)", gate_up.size(1));
   check.at_least_one(x_name, "column (D)", x.size(1));
   const ExpertShape shape{x.size(0), inverse.dim() == 2 ? inverse.size(1) : 0, gate_up.size(0),
@@ -253,6 +272,20 @@ at::ScalarType acc_type(at::ScalarType dtype) {
 }
 
 // --- routers
+
+LogitsShape check_router_logits(const at::Tensor& x, const at::Tensor& weight) {
+  return check_projection(Checker("router_logits"), x, weight);
+}
+
+LogitsShape check_router_logits_bwd(const at::Tensor& grad, const at::Tensor& x,
+                                    const at::Tensor& weight) {
+  const Checker check("router_logits_bwd");
+  const auto shape = check_projection(check, x, weight);
+  check.shape("grad", grad, "[T, M]", {shape.tokens, shape.experts});
+  check.dtype("grad", grad, acc_type(x.scalar_type()));
+  check.same_device("grad", grad, "x", x);
+  return shape;
+}
 
 RouterShape check_norm_topk(const at::Tensor& logits, const at::Tensor& scale, int64_t top_k,
                             double calibration, double eps, const OptionalTensor& bias,
@@ -424,6 +457,7 @@ WgradShape check_grouped_wgrad(at::TensorList grad, at::TensorList input, at::Te
     TORCH_CHECK_VALUE(offsets[s].size(0) >= 2,
                       "grouped_wgrad: offsets must be [M + 1] with M >= 1, got ",
                       offsets[s].sizes());
+    check.experts("offsets", offsets[s].size(0) - 1, grad[0]);
     const int64_t grad_rows = grad[s].size(0) * std::max<int64_t>(grad_top_k, 1);
     const int64_t input_rows = input[s].size(0) * std::max<int64_t>(input_top_k, 1);
     check.at_least_one("grad", "column (n)", grad[s].size(1));
@@ -464,16 +498,38 @@ ExpertShape check_expert_mlp(const at::Tensor& x, const at::Tensor& weights,
                              offsets);
 }
 
-ExpertShape check_expert_mlp_bwd(const at::Tensor& grad, const at::Tensor& weights,
-                                 const at::Tensor& gate_up, const at::Tensor& down,
-                                 const at::Tensor& order, const at::Tensor& inverse,
-                                 const at::Tensor& offsets, const at::Tensor& preact) {
-  const Checker check("expert_mlp_bwd");
+namespace {
+
+ExpertShape check_mlp_bwd(const Checker& check, const at::Tensor& grad, const at::Tensor& weights,
+                          const at::Tensor& gate_up, const at::Tensor& down,
+                          const at::Tensor& order, const at::Tensor& inverse,
+                          const at::Tensor& offsets, const at::Tensor& preact) {
   const auto shape =
       check_pool_and_plan(check, "grad", grad, weights, gate_up, down, order, inverse, offsets);
   check.shape("preact", preact, "[T * k, 2F]", {shape.rows(), 2 * shape.d_ff});
   check.same_dtype("preact", preact, "grad", grad);
   check.same_device("preact", preact, "grad", grad);
+  return shape;
+}
+
+}  // namespace
+
+ExpertShape check_expert_mlp_bwd(const at::Tensor& grad, const at::Tensor& weights,
+                                 const at::Tensor& gate_up, const at::Tensor& down,
+                                 const at::Tensor& order, const at::Tensor& inverse,
+                                 const at::Tensor& offsets, const at::Tensor& preact) {
+  return check_mlp_bwd(Checker("expert_mlp_bwd"), grad, weights, gate_up, down, order, inverse,
+                       offsets, preact);
+}
+
+ExpertShape check_expert_mlp_bwd_(const at::Tensor& grad, const at::Tensor& weights,
+                                  const at::Tensor& gate_up, const at::Tensor& down,
+                                  const at::Tensor& order, const at::Tensor& inverse,
+                                  const at::Tensor& offsets, const at::Tensor& preact) {
+  const auto shape = check_mlp_bwd(Checker("expert_mlp_bwd_"), grad, weights, gate_up, down, order,
+                                   inverse, offsets, preact);
+  TORCH_CHECK_VALUE(preact.is_contiguous(),
+                    "expert_mlp_bwd_: preact must be contiguous, got strides ", preact.strides());
   return shape;
 }
 
@@ -483,10 +539,10 @@ ExpertOutputs alloc_expert_mlp(const ExpertShape& s, const at::Tensor& x, bool k
 }
 
 ExpertGrads alloc_expert_mlp_bwd(const ExpertShape& s, const at::Tensor& grad,
-                                 const at::Tensor& weights) {
+                                 const at::Tensor& weights, const OptionalTensor& grad_preact) {
   return {at::empty({s.tokens, s.d_model}, grad.options()),
           at::empty({s.tokens, s.top_k}, weights.options()),
-          at::empty({s.rows(), 2 * s.d_ff}, grad.options()),
+          grad_preact ? *grad_preact : at::empty({s.rows(), 2 * s.d_ff}, grad.options()),
           at::empty({s.rows(), s.d_ff}, grad.options())};
 }
 

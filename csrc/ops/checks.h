@@ -23,6 +23,17 @@ at::ScalarType acc_type(at::ScalarType dtype);
 
 // --- routers
 
+struct LogitsShape {
+  int64_t tokens;
+  int64_t experts;
+  int64_t width;                                                   // D
+  double flops() const { return 2.0 * tokens * experts * width; }  // forward
+};
+
+LogitsShape check_router_logits(const at::Tensor& x, const at::Tensor& weight);
+LogitsShape check_router_logits_bwd(const at::Tensor& grad, const at::Tensor& x,
+                                    const at::Tensor& weight);
+
 struct RouterShape {
   int64_t tokens;
   int64_t experts;
@@ -127,6 +138,11 @@ ExpertShape check_expert_mlp_bwd(const at::Tensor& grad, const at::Tensor& weigh
                                  const at::Tensor& gate_up, const at::Tensor& down,
                                  const at::Tensor& order, const at::Tensor& inverse,
                                  const at::Tensor& offsets, const at::Tensor& preact);
+// As above; preact, which is to be written, must be contiguous.
+ExpertShape check_expert_mlp_bwd_(const at::Tensor& grad, const at::Tensor& weights,
+                                  const at::Tensor& gate_up, const at::Tensor& down,
+                                  const at::Tensor& order, const at::Tensor& inverse,
+                                  const at::Tensor& offsets, const at::Tensor& preact);
 
 struct ExpertOutputs {
   at::Tensor y;       // [T, D]
@@ -141,8 +157,10 @@ struct ExpertGrads {
 };
 
 ExpertOutputs alloc_expert_mlp(const ExpertShape& shape, const at::Tensor& x, bool keep_preact);
+// grad_preact: where that gradient is to be written, if not to memory of its own.
 ExpertGrads alloc_expert_mlp_bwd(const ExpertShape& shape, const at::Tensor& grad,
-                                 const at::Tensor& weights);
+                                 const at::Tensor& weights,
+                                 const OptionalTensor& grad_preact = std::nullopt);
 
 // --- values of index tensors, for a backend that can read them
 

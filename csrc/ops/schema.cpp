@@ -16,6 +16,14 @@
 
 namespace {
 
+// x [T, D] times weight [M, D] transposed: logits [T, M] in acc, the products of low-precision
+// operands not rounded. grad [T, M] acc.
+constexpr const char* kLogits[] = {
+    "router_logits(Tensor x, Tensor weight) -> Tensor",
+    "router_logits_bwd(Tensor grad, Tensor x, Tensor weight) "
+    "-> (Tensor grad_x, Tensor grad_weight)",
+};
+
 // Logits [T, M] -> weights [T, k] acc, experts [T, k] i32, load [M] i32, importance [M] acc.
 // bias [M] steers the choice only; mask [M] bool hides experts where it is true.
 constexpr const char* kRouter[] = {
@@ -49,6 +57,7 @@ constexpr const char* kDispatch[] = {
 // row r is read from token order[r] / top_k.
 // expert_mlp: preact [N, 2F] are the gate and up pre-activations in sorted rows (no rows unless
 // kept); hidden [N, F] = weight * silu(gate) * up is the input of down_proj's weight gradient.
+// expert_mlp_bwd_ writes grad_preact over preact.
 constexpr const char* kExperts[] = {
     "grouped_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor",
     "grouped_mm_bwd_a(Tensor grad, Tensor b, Tensor offsets) -> Tensor",
@@ -61,10 +70,14 @@ constexpr const char* kExperts[] = {
     "expert_mlp_bwd(Tensor grad, Tensor weights, Tensor gate_up, Tensor down, Tensor order, "
     "Tensor inverse, Tensor offsets, Tensor preact) "
     "-> (Tensor grad_x, Tensor grad_weights, Tensor grad_preact, Tensor hidden)",
+    "expert_mlp_bwd_(Tensor grad, Tensor weights, Tensor gate_up, Tensor down, Tensor order, "
+    "Tensor inverse, Tensor offsets, Tensor(a!) preact) "
+    "-> (Tensor grad_x, Tensor grad_weights, Tensor hidden)",
 };
 
 template <class Visit>
 void for_each_schema(Visit visit) {
+  for (const char* schema : kLogits) visit(schema);
   for (const char* schema : kRouter) visit(schema);
   for (const char* schema : kDispatch) visit(schema);
   for (const char* schema : kExperts) visit(schema);

@@ -84,7 +84,32 @@ def _(grad, weights, gate_up, down, order, inverse, offsets, preact):
     )
 
 
+@torch.library.register_fake("unipool::expert_mlp_bwd_")
+def _(grad, weights, gate_up, down, order, inverse, offsets, preact):
+    plan = {"order": order, "inverse": inverse, "offsets": offsets, "preact": preact}
+    check_devices("expert_mlp_bwd_", grad=grad, weights=weights, gate_up=gate_up, down=down, **plan)
+    return (
+        grad.new_empty(grad.shape),
+        weights.new_empty(weights.shape),
+        preact.new_empty((preact.shape[0], down.shape[2])),
+    )
+
+
 # --- autograd
+
+
+def _saves_as_is() -> bool:
+    """Whether what an autograd function saves now is kept by it alone. Hooks on saved tensors may
+    keep it too; a compiler plans the memory itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _frees_saved_tensors() -> bool:
+    """Whether the backward that is running frees what its nodes saved (no retain_graph)."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return not keeps_graph()
 
 
 class GroupedMM(torch.autograd.Function):
@@ -107,12 +132,16 @@ class GroupedMM(torch.autograd.Function):
 
 
 class ExpertMLP(torch.autograd.Function):
-    """With a collector (nn/pool_pass.py) the weight gradients' operands are left there."""
+    """With a collector (nn/pool_pass.py) the weight gradients' operands are left there.
+
+    Backward writes the gradient of the pre-activations over them where nobody can need them again.
+    """
 
     @staticmethod
     def forward(ctx, x, weights, gate_up, down, order, inverse, offsets, collector):
         ctx.set_materialize_grads(False)
         ctx.collector = collector
+        ctx.owns_preact = _saves_as_is()
         y, preact = _ops.expert_mlp(x, weights, gate_up, down, order, inverse, offsets, True)
         ctx.save_for_backward(x, weights, gate_up, down, order, inverse, offsets, preact)
         return y
@@ -123,9 +152,12 @@ class ExpertMLP(torch.autograd.Function):
         x, weights, gate_up, down, order, inverse, offsets, preact = ctx.saved_tensors
         if grad is None:
             return (None,) * 8
-        grad_x, grad_weights, grad_preact, hidden = _ops.expert_mlp_bwd(
-            grad, weights, gate_up, down, order, inverse, offsets, preact
-        )
+        arguments = (grad, weights, gate_up, down, order, inverse, offsets, preact)
+        if ctx.owns_preact and _frees_saved_tensors():
+            grad_x, grad_weights, hidden = _ops.expert_mlp_bwd_(*arguments)
+            grad_preact = preact
+        else:
+            grad_x, grad_weights, grad_preact, hidden = _ops.expert_mlp_bwd(*arguments)
         top_k = inverse.shape[1]
         grad_gate_up = grad_down = None
         if ctx.collector is not None:

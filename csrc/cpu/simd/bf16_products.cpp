@@ -16,6 +16,7 @@ constexpr int kPanel = 12;          // rows of a register tile of nn and tn: 12 
 constexpr int64_t kLine = 64;       // bytes
 constexpr int64_t kDepth = 256;     // rows of w that nn takes at a time,
 constexpr int64_t kWidth = 256;     // and columns: 128 KiB, in L2
+constexpr int64_t kRowsAhead = 8;   // rows that tn fetches before it packs them
 constexpr int64_t kNtDepth = 1024;  // k that nt takes at a time: 16 rows of w stay in L1
 
 inline __mmask32 mask32(int64_t n) {
@@ -354,11 +355,22 @@ int64_t tn_scratch(int64_t count, int64_t n, int64_t k) {
   return (count + 1) / 2 * 2 * (grad_ld(n) + padded(k));
 }
 
+// The rows of an operand lie apart, so nothing else brings them in time.
+inline void fetch_rows(int64_t count, int64_t n, const bf16* const* rows, int64_t next) {
+  constexpr int64_t kLineElements = kLine / int64_t(sizeof(bf16));
+  for (int64_t r = next; r < next + 2 && r < count; ++r) {
+    for (int64_t j = 0; j < n; j += kLineElements) {
+      _mm_prefetch(reinterpret_cast<const char*>(rows[r] + j), _MM_HINT_T0);
+    }
+  }
+}
+
 // g -> pairs of rows [count / 2][n] in column order.
 void pack_grads(int64_t count, int64_t n, const bf16* const* g, bf16* out) {
   const int64_t ld = 2 * grad_ld(n);
   const __m512i zero = _mm512_setzero_si512();
   for (int64_t r = 0; r < count; r += 2, out += ld) {
+    fetch_rows(count, n, g, r + kRowsAhead);
     for (int64_t j = 0; j < n; j += kHalf) {
       const auto mask = mask16(n - j);
       const __m256i even = _mm256_maskz_loadu_epi16(mask, g[r] + j);
@@ -375,6 +387,7 @@ void pack_grads(int64_t count, int64_t n, const bf16* const* g, bf16* out) {
 void pack_inputs(int64_t count, int64_t k, const bf16* const* x, bf16* out) {
   const int64_t strip = (count + 1) / 2 * 2 * kVec;
   for (int64_t r = 0; r < count; r += 2) {
+    fetch_rows(count, k, x, r + kRowsAhead);
     for (int64_t j = 0; j < k; j += kVec) {
       const __mmask32 mask = mask32(k - j);
       const __m512i odd = r + 1 < count ? load(x[r + 1] + j, mask) : _mm512_setzero_si512();

@@ -29,6 +29,26 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cud
   return cudaGetLastError();
 }
 
+// Of the current device.
+inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
+  int device;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
+}
+
+// Blocks of a kernel that one multiprocessor holds at once. The kernel may use all the shared
+// memory that a block can opt in to: once set, that stays, whichever thread launches it next.
+template <auto kKernel>
+cudaError_t resident_blocks(int threads, size_t smem, int* blocks) {
+  int limit;
+  cudaError_t error = device_attribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  }
+  if (error != cudaSuccess) return error;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kKernel, threads, smem);
+}
+
 }  // namespace unipool
 
 #else
@@ -53,6 +73,33 @@ template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t,
                    const A&... args) {
   return emu::launch_kernel(kernel, grid, block, smem, P(args)...);
+}
+
+// An H100, but for its multiprocessors: few, so that the blocks of a persistent grid get several
+// tiles each.
+inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 5;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 232448;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <auto kKernel>
+cudaError_t resident_blocks(int /*threads*/, size_t /*smem*/, int* blocks) {
+  *blocks = 1;
+  return cudaSuccess;
 }
 
 }  // namespace unipool

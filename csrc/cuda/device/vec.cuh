@@ -39,6 +39,10 @@ struct Word<4> {
   using type = unsigned;
 };
 template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
 struct Word<16> {
   using type = uint4;
 };

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Levels L0 and L1: the expert products one by one, and one layer forward and backward.
+
+    python bench/bench_experts.py [--device cuda] [--json FILE] [--runs N]
+
+L0 times the raw ops of a layer; its floor is max(FLOPs / 989 TFLOP/s, bytes / 3.35 TB/s) of an H100
+by datasheet, whatever GPU runs it. L1 times a layer with its gradients against torch's grouped_mm
+with compiled glue, an eager loop over experts, and dense matmuls of equal FLOPs as the bound. Every
+way's output and gradients are compared, at full size, before anything is timed. The routing is
+uniform and given; operands are bfloat16. --device cpu runs everything once on a small shape.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from bench_kernels import time_on_gpu
+from bench_ops import grouped_mm_layer
+from harness import Timing, interleave, relative_error, write_json
+from tile_efficiency import Shape, as_pass, layer_products, wgrad_products
+from torch import Tensor
+from torch.nn import functional as F
+
+from unipool import ops
+
+SHAPES = [
+    Shape("182m", 131072, 768, 3072, 96),
+    Shape("830m", 8192, 1024, 4096, 384),
+    Shape("SonicMoE 7B", 24576, 1536, 256, 128, 8),
+]
+SMALL = Shape("small", 96, 32, 48, 6, 2)
+BOUND = 2e-2  # relative, of bfloat16 results that are rounded at other places
+# Least share of the floor, of a pass at a shape.
+FLOORS = {("182m", "forward"): 0.55, ("830m", "forward"): 0.70}
+PARAMETERS = ("y", "x", "weights", "gate_up", "down")
+
+Layer = Callable[[Tensor, ops.Routing, Tensor, Tensor], Tensor]
+
+
+def make_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    options = {"device": device, "dtype": torch.bfloat16}
+    T, D, width, M = shape.tokens, shape.d_model, shape.d_ff, shape.experts
+    return {
+        "x": torch.randn(T, D, **options),
+        "weights": torch.rand(T, shape.top_k, device=device) + 0.5,
+        "gate_up": torch.randn(M, 2 * width, D, **options).mul_(D**-0.5),
+        "down": torch.randn(M, D, width, **options).mul_(width**-0.5),
+        "experts": torch.rand(T, M, device=device).topk(shape.top_k).indices.int(),
+        "grad": torch.randn(T, D, **options),
+    }
+
+
+# --- L0
+
+
+def raw_calls(shape: Shape, i: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+    """Name of a pass -> a call of its op; wgrad is both products."""
+    raw = torch.ops.unipool
+    plan = raw.dispatch_plan([i["experts"]], shape.experts)
+    order, _, offsets = plan
+    pool = (i["weights"], i["gate_up"], i["down"], *plan)
+    _, preact = raw.expert_mlp(i["x"], *pool, True)
+    _, _, grad_preact, hidden = raw.expert_mlp_bwd(i["grad"], *pool, preact)
+    k = shape.top_k
+
+    def wgrad() -> tuple[Tensor, Tensor]:
+        return (
+            raw.grouped_wgrad([grad_preact], [i["x"]], [order], [offsets], 0, k),
+            raw.grouped_wgrad([i["grad"]], [hidden], [order], [offsets], k, 0),
+        )
+
+    return {
+        "forward": lambda: raw.expert_mlp(i["x"], *pool, True),
+        "dgrad": lambda: raw.expert_mlp_bwd(i["grad"], *pool, preact),
+        "wgrad": wgrad,
+    }
+
+
+def expected_passes(shape: Shape, counts: Tensor) -> dict[str, dict]:
+    """Floor and predicted seconds of each pass, by bench/tile_efficiency.py."""
+    up, down, hidden_bwd, input_bwd = layer_products(shape, counts)
+    products = {
+        "forward": [up, down],
+        "dgrad": [hidden_bwd, input_bwd],
+        "wgrad": wgrad_products(shape, counts),
+    }
+    return {name: as_pass(name, parts) for name, parts in products.items()}
+
+
+def time_way(name: str, way: Callable[[], object], runs: int, device: str) -> Timing:
+    if device == "cuda":
+        return time_on_gpu(name, way, runs)[0]
+    return interleave({name: way}, warmup=0, runs=runs)[0]
+
+
+def judge(shape: Shape, name: str, share: float) -> str:
+    """pass, short, or - where no floor is set."""
+    wanted = FLOORS.get((shape.name, name))
+    if wanted is None:
+        return "-"
+    return "pass" if share >= wanted else "short"
+
+
+def bench_products(shape: Shape, i: dict[str, Tensor], runs: int, device: str) -> list[dict]:
+    counts = i["experts"].flatten().bincount(minlength=shape.experts).cpu()
+    expected = expected_passes(shape, counts)
+    results = []
+    for name, way in raw_calls(shape, i).items():
+        timing = time_way(name, way, runs, device)
+        passed = expected[name]
+        flops = sum(part["flops"] for part in passed["products"])
+        share = passed["floor_seconds"] / timing.median
+        result = {
+            "timing": asdict(timing),
+            **passed,
+            "flops_per_second": flops / timing.median,
+            "share_of_floor": share,
+            "verdict": judge(shape, name, share),
+        }
+        print(
+            f"  {timing}  floor {1e3 * passed['floor_seconds']:.3f} ms ({passed['floor_bound']}), "
+            f"{share:.0%} of it; predicted {1e3 * passed['predicted_seconds']:.3f} ms; "
+            f"{flops / timing.median / 1e12:.0f} TFLOP/s; {result['verdict']}"
+        )
+        results.append(result)
+    return results
+
+
+# --- L1
+
+
+def eager_loop(x: Tensor, routing: ops.Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Expert by expert, as most model code has it."""
+    y = torch.zeros_like(x, dtype=torch.float32)
+    for e in range(gate_up.shape[0]):
+        token, slot = (routing.experts == e).nonzero(as_tuple=True)
+        gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, down[e])
+        y = y.index_add(0, token, out * routing.weights[token, slot, None])
+    return y.to(x.dtype)
+
+
+def dense(shape: Shape, device: str) -> Callable[[], None]:
+    """Matmuls of the layer's FLOPs, forward and both gradients: x [T k, D] x [D, 3F] each."""
+    options = {"device": device, "dtype": torch.bfloat16}
+    x = torch.randn(shape.rows, shape.d_model, **options)
+    w = torch.randn(shape.d_model, 3 * shape.d_ff, **options)
+    out = torch.empty(shape.rows, 3 * shape.d_ff, **options)
+
+    def run() -> None:
+        for _ in range(3):
+            torch.mm(x, w, out=out)
+
+    return run
+
+
+def layer_step(layer: Layer, i: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """A step that returns y and the gradients of x, the router weights and the pool."""
+    leaves = [i[name].requires_grad_() for name in PARAMETERS[1:]]
+    x, weights, gate_up, down = leaves
+
+    def step() -> tuple[Tensor, ...]:
+        y = layer(x, ops.Routing(weights, i["experts"], None, None), gate_up, down)
+        return y.detach(), *torch.autograd.grad(y, leaves, i["grad"])
+
+    return step
+
+
+def check(ways: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
+    """All ways against the first, in norm; in pieces, for a pool's gradient in float64 is large."""
+    names = list(ways)
+    wanted = ways[names[0]]()
+    for name in names[1:]:
+        for what, got, due in zip(PARAMETERS, ways[name](), wanted, strict=True):
+            pieces = zip(got.chunk(16), due.chunk(16), strict=True)
+            error = max(relative_error(a, b) for a, b in pieces if b.any())
+            if not error <= BOUND:
+                raise RuntimeError(f"{name}: {what}: relative error {error:.2e}, not timed")
+
+
+def bench_layer(
+    shape: Shape, i: dict[str, Tensor], runs: int, device: str, compiler: str
+) -> list[dict]:
+    compiled = torch.compile(grouped_mm_layer, backend=compiler, dynamic=False)
+    layers = {
+        "unipool": ops.expert_mlp,
+        "grouped_mm, compiled glue": compiled,
+        "eager loop": eager_loop,
+    }
+    ways = {name: layer_step(layer, i) for name, layer in layers.items()}
+    check(ways)
+    ways["dense matmul, equal FLOPs"] = dense(shape, device)
+    timings = interleave(ways, warmup=2, runs=runs, device=device)
+    for t in timings:
+        print(f"  {t}  {t.median / timings[0].median:6.2f}x ours")
+    return [asdict(t) for t in timings]
+
+
+def bench(shape: Shape, runs: int, device: str, compiler: str = "inductor") -> dict:
+    print(f"\n{shape.name}  T={shape.tokens} D={shape.d_model} F={shape.d_ff} M={shape.experts} "
+          f"k={shape.top_k}")  # fmt: skip
+    inputs = make_inputs(shape, device)
+    layer = bench_layer(shape, inputs, min(runs, 20), device, compiler)
+    with torch.no_grad():
+        detached = {name: t.detach() for name, t in inputs.items()}
+        products = bench_products(shape, detached, runs, device)
+    return {**vars(shape), "products": products, "layer": layer}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--runs", type=int, default=50, help="counted runs of a call")
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        results = [bench(SMALL, arguments.runs, "cpu", compiler="eager")]
+    elif torch.cuda.is_available():
+        print(torch.cuda.get_device_name())
+        results = [bench(shape, arguments.runs, "cuda") for shape in SHAPES]
+    else:
+        print("bench_experts: needs an NVIDIA GPU and a CUDA torch, found none")
+        sys.exit(2)
+    short = [p for r in results for p in r["products"] if p["verdict"] == "short"]
+    count = sum(len(r["products"]) for r in results)
+    print(f"\n{count} passes timed, {len(short)} fall short of their floor")
+    if arguments.json:
+        write_json(arguments.json, results)
+
+
+if __name__ == "__main__":
+    main()

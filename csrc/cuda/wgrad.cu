@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// The weight gradient of a pool: out[e] = sum over the rows of e, in all segments (layers), of
+// grad^T input. Each expert is one product whose K runs over these rows, wherever they are: a table
+// of row addresses, built first, serves as the index of K.
+#include "cuda/device/gemm/epilogue.cuh"
+#include "cuda/device/gemm/launch.cuh"
+#include "cuda/device/gemm/loaders.cuh"
+#include "cuda/device/gemm/mainloop.cuh"
+#include "cuda/device/warp.cuh"
+#include "unipool/experts.h"
+
+namespace unipool {
+namespace {
+
+constexpr int kFillThreads = 256;
+
+// --- the plan: merged rows, expert by expert and within one segment by segment
+
+struct RowAddresses {
+  const void* grad;
+  const void* input;
+};
+
+// In the workspace. starts[s][e]: rows of e in the segments before s.
+struct MergedPlan {
+  RowAddresses* rows;  // [total rows]
+  int32_t* offsets;    // [M + 1]
+  int32_t* starts;     // [segments, M]
+
+  static size_t bytes(int64_t total_rows, int experts) {
+    return sizeof(RowAddresses) * total_rows +
+           sizeof(int32_t) * (size_t(experts) * (1 + kMaxWgradSegments) + 1);
+  }
+  MergedPlan(void* workspace, int64_t total_rows, int experts)
+      : rows(static_cast<RowAddresses*>(workspace)),
+        offsets(reinterpret_cast<int32_t*>(rows + total_rows)),
+        starts(offsets + experts + 1) {}
+};
+
+// One block, one thread an expert. Reads the offsets of all segments.
+__global__ __launch_bounds__(kExpertLimit) void merge_offsets_kernel(
+    const __grid_constant__ GroupedWgradArgs args, const MergedPlan plan) {
+  UNIPOOL_SHARED_ARRAY(int32_t, kWarp, warp_sums);
+  const int e = threadIdx.x, warp = e / kWarp, lane = e % kWarp;
+  const bool exists = e < args.experts;
+  int count = 0;
+#pragma unroll 4
+  for (int s = 0; s < args.count; ++s) {
+    if (!exists) continue;
+    const int32_t* offsets = args.segments[s].offsets;
+    plan.starts[s * args.experts + e] = count;
+    count += __ldg(offsets + e + 1) - __ldg(offsets + e);
+  }
+  int warp_total;
+  int first = exclusive_scan(count, lane, warp_total);
+  if (lane == 0) warp_sums[warp] = warp_total;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) first += warp_sums[w];
+  if (exists) plan.offsets[e] = first;
+  if (e == args.experts - 1) plan.offsets[args.experts] = first + count;
+}
+
+// One thread a row of segment blockIdx.y: finds its expert, and from it the row's place. Reads at
+// most 4 bytes a row and the offsets, writes 16 bytes.
+__global__ __launch_bounds__(kFillThreads) void fill_rows_kernel(
+    const __grid_constant__ GroupedWgradArgs args, const MergedPlan plan) {
+  const WgradSegment& segment = args.segments[blockIdx.y];
+  const int64_t row = int64_t(blockIdx.x) * kFillThreads + threadIdx.x;
+  if (row >= __ldg(segment.offsets + args.experts)) return;
+  int expert = 0;
+  for (int end = args.experts; end - expert > 1;) {  // offsets[expert] <= row < offsets[end]
+    const int middle = (expert + end) / 2;
+    (__ldg(segment.offsets + middle) <= row ? expert : end) = middle;
+  }
+  const int slot = segment.order == nullptr ? 0 : __ldg(segment.order + row);
+  const int64_t grad_row = args.grad_top_k > 0 ? slot / args.grad_top_k : row;
+  const int64_t input_row = args.input_top_k > 0 ? slot / args.input_top_k : row;
+  const int64_t size = size_of(args.dtype);
+  const int64_t at = int64_t(plan.offsets[expert]) +
+                     plan.starts[int(blockIdx.y) * args.experts + expert] + row -
+                     __ldg(segment.offsets + expert);
+  plan.rows[at] = {static_cast<const char*>(segment.grad) + grad_row * args.n * size,
+                   static_cast<const char*>(segment.input) + input_row * args.k * size};
+}
+
+// --- the product
+
+struct Product {
+  const RowAddresses* rows;
+  const int32_t* offsets;  // [M + 1]
+  void* out;               // [M, n, k]
+  int n, k;
+  int column_tiles, expert_tiles;  // of a row of tiles; of an expert
+  bool add;
+};
+
+// One block a tile of out[e], expert by expert, so that an expert's rows are in L2 while its tiles
+// need them. Reads each row once a tile across and along (from DRAM once); writes out once, or
+// reads and writes it. Shared memory: the pipeline, then the stored tile.
+template <class Tile, class Out, bool kVector>
+__global__ __launch_bounds__(Tile::kThreads, 2) void wgrad_kernel(const Product p) {
+  using T = typename Tile::T;
+  using A = typename Tile::A;
+  using B = typename Tile::B;
+  const int expert = int(blockIdx.x) / p.expert_tiles;
+  const int tile = int(blockIdx.x) - expert * p.expert_tiles;
+  const int row = tile / p.column_tiles * Tile::kM, column = tile % p.column_tiles * Tile::kN;
+  const int begin = __ldg(p.offsets + expert), depth = __ldg(p.offsets + expert + 1) - begin;
+  if (depth == 0 && p.add) return;
+
+  auto* shared = dynamic_shared<unsigned char>(kTileBytes<Tile, Out>);
+  T* smem = reinterpret_cast<T*>(shared);
+  const auto* table = reinterpret_cast<const T* const*>(p.rows + begin);  // grad, input, grad, ...
+  using LinesA = TableLines<A, kVector>;
+  using LinesB = TableLines<B, kVector>;
+  Loader<A, LinesA, kVector> load_a(smem, LinesA(table, 2, depth, row), depth, p.n - row);
+  Loader<B, LinesB, kVector> load_b(smem + Tile::kElementsA, LinesB(table + 1, 2, depth, column),
+                                    depth, p.k - column);
+  auto acc = Tile::zeros();
+  multiply<Tile>(smem, load_a, load_b, ceil_div(depth, Tile::kK), acc);
+  Out* out = static_cast<Out*>(p.out) + (int64_t(expert) * p.n + row) * p.k + column;
+  store_tile<Tile, kVector>(
+      reinterpret_cast<Out*>(shared), acc, p.n - row, p.k - column,
+      [&](int r) { return out + int64_t(r) * p.k; }, p.add);
+}
+
+template <class Tile, class Out, bool kVector>
+cudaError_t launch_instance(const GroupedWgradArgs& args, const MergedPlan& plan,
+                            cudaStream_t stream) {
+  const int64_t column_tiles = ceil_div(args.k, int64_t(Tile::kN));
+  const int64_t expert_tiles = column_tiles * ceil_div(args.n, int64_t(Tile::kM));
+  if (expert_tiles == 0) return cudaSuccess;
+  if (expert_tiles * args.experts > INT32_MAX) return cudaErrorInvalidValue;
+  const Product product{plan.rows,   plan.offsets,      args.out,          int(args.n),
+                        int(args.k), int(column_tiles), int(expert_tiles), args.add};
+  constexpr auto kKernel = wgrad_kernel<Tile, Out, kVector>;
+  int resident;
+  const cudaError_t error =
+      resident_blocks<kKernel>(Tile::kThreads, kTileBytes<Tile, Out>, &resident);
+  if (error != cudaSuccess) return error;
+  return launch(kKernel, dim3(unsigned(expert_tiles * args.experts)), dim3(Tile::kThreads),
+                kTileBytes<Tile, Out>, stream, product);
+}
+
+// --- launchers
+
+cudaError_t launch_plan(const GroupedWgradArgs& args, const MergedPlan& plan, cudaStream_t stream) {
+  int64_t longest = 0;
+  for (int s = 0; s < args.count; ++s) longest = std::max(longest, args.segments[s].rows);
+  const cudaError_t error =
+      launch(merge_offsets_kernel, dim3(1), dim3(kExpertLimit), 0, stream, args, plan);
+  if (error != cudaSuccess || longest == 0) return error;
+  const dim3 grid(unsigned(ceil_div(longest, int64_t(kFillThreads))), unsigned(args.count));
+  return launch(fill_rows_kernel, grid, dim3(kFillThreads), 0, stream, args, plan);
+}
+
+bool is_vector(const GroupedWgradArgs& args) {
+  const int64_t size = size_of(args.dtype);
+  bool vector = is_aligned(args.out, args.k * int64_t(size_of(args.out_dtype)));
+  for (int s = 0; s < args.count; ++s) {
+    vector = vector && is_aligned(args.segments[s].grad, args.n * size) &&
+             is_aligned(args.segments[s].input, args.k * size);
+  }
+  return vector;
+}
+
+}  // namespace
+
+size_t grouped_wgrad_workspace_bytes(int64_t total_rows, int experts) {
+  return MergedPlan::bytes(total_rows, experts);
+}
+
+cudaError_t launch_grouped_wgrad(const GroupedWgradArgs& args, cudaStream_t stream) {
+  int64_t rows = 0;
+  for (int s = 0; s < args.count; ++s) rows += args.segments[s].rows;
+  const bool widened = args.out_dtype == DType::kFloat32;
+  if (args.experts < 1 || args.experts > kExpertLimit || args.count < 0 ||
+      args.count > kMaxWgradSegments || rows > INT32_MAX || args.n > INT32_MAX ||
+      args.k > INT32_MAX || (!widened && (args.out_dtype != args.dtype || args.add))) {
+    return cudaErrorInvalidValue;
+  }
+  const bool vector = is_vector(args);
+  const GemmProblem problem{GemmKind::kWgrad,         rows,  args.experts, args.n, args.k,
+                            int(size_of(args.dtype)), vector};
+  int tile;
+  cudaError_t error = gemm_tile(problem, args.tile, &tile);
+  if (error != cudaSuccess) return error;
+  const MergedPlan plan(args.workspace, rows, args.experts);
+  error = launch_plan(args, plan, stream);
+  if (error != cudaSuccess) return error;
+  return for_dtype(args.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return for_tile<T, GemmKind::kWgrad>(tile, vector, [&](auto index, auto fast) {
+      using Chosen = GemmTileOf<T, index, Major::kMn, Major::kMn>;
+      return widened ? launch_instance<Chosen, float, fast>(args, plan, stream)
+                     : launch_instance<Chosen, T, fast>(args, plan, stream);
+    });
+  });
+}
+
+}  // namespace unipool
