@@ -148,9 +148,11 @@ class OpSpec:
 
 def upstream(case: Case, name: str, like: Tensor) -> Tensor:
     """Upstream gradient on a grid of 1/64, exact in every dtype; positive for the router's results
-    (their sums over tokens then do not cancel), signed for the others."""
+    (their sums over tokens then do not cancel), signed for the others. Logits are never narrower
+    than float32, nor is their gradient: it has more digits than fit two bfloat16 numbers."""
     u = torch.rand(like.shape, generator=case.generator("upstream", name), dtype=torch.double)
-    u = (0.25 + 1.5 * u).mul(64).round().div(64)
+    grid = 2**20 if name == "logits" else 64
+    u = (0.25 + 1.5 * u).mul(grid).round().div(grid)
     if name in ("weights", "importance"):
         return u.to(like)
     sign = torch.rand(like.shape, generator=case.generator("sign", name)) < 0.5
@@ -245,6 +247,14 @@ def _router_tolerances(magnitude: Callable[[dict], Tensor]) -> Callable[[Case], 
     return tolerances
 
 
+def _logits_inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    D = case.d_model
+    return {
+        "x": rand(case, "x", case.tokens, D).to(dtype),
+        "weight": rand(case, "router", case.experts, D, std=D**-0.5).to(dtype),
+    }
+
+
 def _plan_inputs(case: Case) -> dict[str, Tensor]:
     return plan(case)._asdict()
 
@@ -292,6 +302,17 @@ def _sorted_rows(case: Case, what: str, dtype: torch.dtype) -> Tensor:
     return rand(case, what, case.tokens * case.top_k, case.d_model).to(dtype)
 
 
+ROUTER_LOGITS = OpSpec(
+    "router_logits",
+    _logits_inputs,
+    lambda module, i: {"logits": module.router_logits(i["x"], i["weight"])},
+    ("x", "weight"),
+    lambda case: {
+        "logits": Tolerance(case.d_model, 0, 0.5),
+        "grad_x": Tolerance(case.experts, 1, 0.5 * (case.experts / case.d_model) ** 0.5),
+        "grad_weight": Tolerance(case.tokens, 1, 0.5),
+    },
+)
 NORM_TOPK = OpSpec(
     "norm_topk",
     _router_inputs,
@@ -382,11 +403,18 @@ EXPERT_MLP = OpSpec(
     _expert_tolerances,
 )
 
-ROUTER_SPECS = [NORM_TOPK, NORM_TOPK_STEERED, SOFTMAX_TOPK, SOFTMAX_TOPK_RENORMALIZED]
+ROUTER_SPECS = [
+    NORM_TOPK,
+    NORM_TOPK_STEERED,
+    SOFTMAX_TOPK,
+    SOFTMAX_TOPK_RENORMALIZED,
+    ROUTER_LOGITS,
+]
 DISPATCH_SPECS = [DISPATCH_PLAN, PERMUTE, UNPERMUTE, UNPERMUTE_WEIGHTED]
 EXPERT_SPECS = [GROUPED_MM, EXPERT_MLP]
 SPECS = [*ROUTER_SPECS, *DISPATCH_SPECS, *EXPERT_SPECS]
 PUBLIC_OPS = {
+    "router_logits",
     "norm_topk",
     "softmax_topk",
     "dispatch_plan",

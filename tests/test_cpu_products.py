@@ -69,6 +69,21 @@ def test_weight_gradient(n: int, k: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width"), [(129, 13, 65), (641, 12, 258), (3, 96, 7)]
+)
+def test_router_logits(tokens: int, experts: int, width: int, dtype: torch.dtype) -> None:
+    x = integers(tokens, width, seed=1, dtype=dtype)
+    weight = integers(experts, width, seed=2, dtype=dtype)
+    acc = torch.promote_types(dtype, torch.float32)
+    grad = integers(tokens, experts, seed=3, dtype=acc) * 341  # 10 bits: two bfloat16 numbers
+    got = (_ops.router_logits(x, weight), *_ops.router_logits_bwd(grad, x, weight))
+    z, g, w = x.double(), grad.double(), weight.double()
+    for actual, due in zip(got, (z @ w.T, g @ w, g.T @ z), strict=True):
+        assert torch.equal(actual, due.to(actual.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_mlp_forward_and_backward(dtype: torch.dtype) -> None:
     """In the instruction set at hand; gates of 0 or far from it make SwiGLU exact but for up."""
     tokens, experts, d_model, d_ff = 61, 3, 33, 70

@@ -20,6 +20,7 @@ from cases import (
     NORM_TOPK,
     NORM_TOPK_STEERED,
     PERMUTE,
+    ROUTER_LOGITS,
     SOFTMAX_TOPK,
     SOFTMAX_TOPK_RENORMALIZED,
     UNPERMUTE,
@@ -41,12 +42,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = {
     **BY_NAME,
     "square": Case("square", 60, 5, 2, 16, 16),  # D = F: a transposed weight still fits
+    "square_M": Case("square_M", 60, 16, 2, 16, 8),  # D = M: so does a transposed router's
     "square_dropped": Case("square_dropped", 60, 5, 2, 16, 8, routing="dropped"),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 # --- wrong formulas
+
+
+def router_logits(x, weight, *, fault):
+    if fault == "weight_not_transposed":
+        return reference.router_logits(x, weight.T)
+    if fault == "last_column_of_D_lost":
+        return reference.router_logits(x[:, :-1], weight[:, :-1])
+    if fault == "last_expert_of_the_next_block":
+        return reference.router_logits(x, torch.cat([weight[:-1], weight[:1]]))
+    if fault == "x_gets_no_gradient":
+        return reference.router_logits(x.detach() + 0 * x, weight)
+    logits = reference.router_logits(x, weight)
+    if fault == "logits_rounded_to_bfloat16":
+        return logits.bfloat16().to(logits.dtype)
+    if fault == "logits_are_not_widened":
+        return logits.bfloat16()
+    return logits
 
 
 def norm_topk(z, scale, k, *, calibration, bias=None, mask=None, fault):
@@ -257,6 +276,17 @@ def _gradient_divided(rows: Tensor, scale: Tensor) -> Tensor:
 
 
 FORMULAS = [
+    (ROUTER_LOGITS, "square_M", router_logits, "weight_not_transposed"),
+    *[
+        (ROUTER_LOGITS, "ragged", router_logits, fault)
+        for fault in (
+            "last_column_of_D_lost",
+            "last_expert_of_the_next_block",
+            "logits_rounded_to_bfloat16",
+            "logits_are_not_widened",
+            "x_gets_no_gradient",
+        )
+    ],
     *[
         (NORM_TOPK, "ragged", norm_topk, fault)
         for fault in (
@@ -482,6 +512,7 @@ DAMAGES = [
         for spec, case, results in (
             (NORM_TOPK, "ragged", ["weights", "importance", "grad_logits"]),
             (SOFTMAX_TOPK, "ragged", ["weights", "importance", "grad_logits"]),
+            (ROUTER_LOGITS, "ragged", ["logits", "grad_x", "grad_weight"]),
             (PERMUTE, "ragged", ["rows", "grad_x"]),
             (UNPERMUTE_WEIGHTED, "ragged", ["out", "grad_y", "grad_weights"]),
             (GROUPED_MM, "ragged", ["out", "grad_a", "grad_b"]),

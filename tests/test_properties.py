@@ -11,6 +11,7 @@ from cases import (
     EXPERT_MLP,
     NORM_TOPK,
     PERMUTE,
+    ROUTER_LOGITS,
     SOFTMAX_TOPK,
     SOFTMAX_TOPK_RENORMALIZED,
     SPECS,
@@ -248,7 +249,9 @@ def test_expanded_upstream_gradient(spec, dtype, device):
         assert torch.equal(plain, expanded)
 
 
-@pytest.mark.parametrize("spec", [PERMUTE, EXPERT_MLP, NORM_TOPK, SOFTMAX_TOPK], ids=str)
+@pytest.mark.parametrize(
+    "spec", [PERMUTE, EXPERT_MLP, NORM_TOPK, SOFTMAX_TOPK, ROUTER_LOGITS], ids=str
+)
 def test_expanded_tokens(spec, dtype, device):
     """All tokens are one row with stride 0; the gradient of the row is the sum over tokens."""
     case = BY_NAME["dropped"]

@@ -114,7 +114,7 @@ def check_results(
         if name.startswith("grad_"):
             due = inputs[name.removeprefix("grad_")].dtype
         else:
-            due = acc_dtype(dtype) if name in ("weights", "importance") else dtype
+            due = acc_dtype(dtype) if name in ("logits", "weights", "importance") else dtype
         assert got.dtype == due, f"{name}: {got.dtype}, expected {due}"
         tolerance = tolerances[name]
         magnitude = tolerance.magnitude

@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from unipool import ops
 from unipool.ops import Routing, norm_topk, softmax_topk
 
 MAX_TOP_K = 16
@@ -54,9 +54,11 @@ def _check_sizes(name: str, d_model: int, num_experts: int, top_k: int) -> None:
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, D] times weight [M, D] transposed, in float32 (float64) also under autocast."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(acc), weight.to(acc))
+    # The op takes one dtype, and no float16 on the CPU.
+    if x.dtype != weight.dtype or (x.dtype == torch.float16 and x.device.type == "cpu"):
+        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, weight = x.to(acc), weight.to(acc)
+    return ops.router_logits(x, weight)
 
 
 class _Router(nn.Module):

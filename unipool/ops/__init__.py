@@ -4,7 +4,7 @@
 from unipool import _library  # noqa: F401  (registers the ops before anything looks for them)
 from unipool.ops.dispatch import DispatchPlan, dispatch_plan, permute, unpermute
 from unipool.ops.experts import expert_mlp, grouped_mm
-from unipool.ops.router import Routing, norm_topk, softmax_topk
+from unipool.ops.router import Routing, norm_topk, router_logits, softmax_topk
 
 __all__ = [
     "DispatchPlan",
@@ -14,6 +14,7 @@ __all__ = [
     "grouped_mm",
     "norm_topk",
     "permute",
+    "router_logits",
     "softmax_topk",
     "unpermute",
 ]
