@@ -38,6 +38,9 @@ class UniPoolConfig(PreTrainedConfig):
     *one* expert is `intermediate_size`. Layer l uses pool floor(l * G / L): G = 1 is UniPool,
     G = num_hidden_layers is layer-private ("vanilla") MoE. A token takes `num_experts_per_tok`
     experts in each layer, in [1, min(num_experts, 16)].
+    `layer_experts`: None (every layer sees its whole pool), or for each layer the list of the ids
+    of the experts that it sees, at least `num_experts_per_tok`, in the order of its router's rows.
+    For that layer the others do not exist; its router is one of a pool of those experts.
     `router`: "norm" (NormRouter), "softmax" or "recurrent" (RecurrentRouter; arXiv:2408.06793), the
     last with a state of `router_state_size` numbers a token (default: hidden_size, at most 256) and
     `router_scoring`, "softmax" (default, as published) or "norm"; both are None for other routers.
@@ -87,6 +90,7 @@ class UniPoolConfig(PreTrainedConfig):
     num_experts: int = 96
     num_pools: int = 1
     num_experts_per_tok: int = 1
+    layer_experts: list[list[int]] | None = None
     router: str = "norm"
     router_state_size: int | None = None
     router_scoring: str | None = None
@@ -135,6 +139,12 @@ class UniPoolConfig(PreTrainedConfig):
     def pool_index(self, layer: int) -> int:
         """Pool of a layer in [0, num_hidden_layers): floor(layer * G / L)."""
         return layer * self.num_pools // self.num_hidden_layers
+
+    def visible_experts(self, layer: int) -> list[int]:
+        """Experts that a layer sees, as ids of its pool, in the order of its router's rows."""
+        if self.layer_experts is None:
+            return list(range(self.num_experts))
+        return list(self.layer_experts[layer])
 
     def _check_backbone(self):
         _check(
@@ -190,6 +200,29 @@ class UniPoolConfig(PreTrainedConfig):
             f"weight_grad must be one of {WEIGHT_GRADS}, got {self.weight_grad!r}",
         )
 
+        if self.layer_experts is not None:
+            self._check_layer_experts()
+
+    def _check_layer_experts(self):
+        rows = self.layer_experts
+        _check(
+            isinstance(rows, list | tuple) and len(rows) == self.num_hidden_layers,
+            f"layer_experts must be None or a list of num_hidden_layers={self.num_hidden_layers} "
+            f"lists, got {_brief(rows)}",
+        )
+        for layer, row in enumerate(rows):
+            ids = isinstance(row, list | tuple) and all(_is_int(expert) for expert in row)
+            _check(
+                ids and len(set(row)) == len(row) and all(0 <= e < self.num_experts for e in row),
+                f"layer_experts[{layer}] must be a list of distinct ids in "
+                f"[0, num_experts={self.num_experts}), got {_brief(row)}",
+            )
+            _check(
+                len(row) >= self.num_experts_per_tok,
+                f"layer_experts[{layer}] must have at least num_experts_per_tok="
+                f"{self.num_experts_per_tok} experts, got {len(row)}",
+            )
+
     def _check_router(self):
         _check(self.router in ROUTERS, f"router must be one of {ROUTERS}, got {self.router!r}")
         if self.router == "recurrent":
@@ -234,6 +267,11 @@ class UniPoolConfig(PreTrainedConfig):
 
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _brief(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check(condition: bool, message: str) -> None:

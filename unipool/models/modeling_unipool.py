@@ -38,6 +38,7 @@ from ..nn import (
 )
 from ..ops import Routing
 from .configuration_unipool import UniPoolConfig
+from .subset import ExpertSubset
 
 
 class _RoutedOutput:
@@ -73,7 +74,10 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: UniPoolConfig, layer_idx: int):
         super().__init__()
         self.self_attn = LlamaAttention(config, layer_idx)
-        self.router = _make_router(config)
+        self.router = _make_router(config, layer_idx)
+        self.subset = None
+        if config.layer_experts is not None:
+            self.subset = ExpertSubset(config.visible_experts(layer_idx), config.num_experts)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -98,13 +102,20 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
         rows = x.flatten(0, 1)
         routed = rows if tokens is None else rows[tokens]
         if cell is None:
-            y, routing = pooled_moe(routed, self.router, experts)
+            y, routing = pooled_moe(routed, self._route, experts)
         else:
             routing, state = self.router(routed, cell, state)
+            routing = self._in_pool(routing)
             y = experts(routed, routing)
         if tokens is not None:
             y = torch.zeros_like(rows).index_copy(0, tokens, y.to(rows.dtype))
         return hidden_states + y.view_as(x), state, *routing
+
+    def _route(self, x: Tensor) -> Routing:
+        return self._in_pool(self.router(x))
+
+    def _in_pool(self, routing: Routing) -> Routing:
+        return routing if self.subset is None else self.subset(routing)
 
 
 class UniPoolPreTrainedModel(PreTrainedModel):
@@ -143,6 +154,8 @@ class UniPoolPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, std=std)
         elif isinstance(module, PoolBalancer):
             init.zeros_(module.fraction)
+        elif isinstance(module, ExpertSubset):
+            module.reset_ids()
 
 
 class UniPoolModel(UniPoolPreTrainedModel):
@@ -332,8 +345,9 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
         )
 
 
-def _make_router(config: UniPoolConfig) -> NormRouter | SoftmaxRouter | RecurrentRouter:
-    sizes = (config.hidden_size, config.num_experts, config.num_experts_per_tok)
+def _make_router(config: UniPoolConfig, layer: int) -> NormRouter | SoftmaxRouter | RecurrentRouter:
+    seen = len(config.visible_experts(layer))
+    sizes = (config.hidden_size, seen, config.num_experts_per_tok)
     if config.router == "norm":
         return NormRouter(*sizes)
     if config.router == "recurrent":

@@ -135,12 +135,13 @@ def parameter_counts(config: PreTrainedConfig) -> dict[str, int]:
         return {"total": total, "expert": 0, "active": total}
     state = config.router_state_size
     if config.router == "recurrent":
-        router = state * width + config.num_experts * state
+        projections, row = layers * state * width, state
         shared += 6 * state * (state + 1)  # the GRU: three gates of two matrices and two biases
     else:
-        router = config.num_experts * width
+        projections, row = 0, width
+    rows = sum(len(config.visible_experts(layer)) for layer in range(layers))
     scaled = "norm" in (config.router, config.router_scoring)
-    shared += layers * (router + (1 if scaled else 0))
+    shared += projections + rows * row + (layers if scaled else 0)
     expert = config.num_pools * config.num_experts * mlp
     active = shared + layers * config.num_experts_per_tok * mlp
     return {"total": shared + expert, "expert": expert, "active": active}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
@@ -81,6 +81,8 @@ def run_training(
     model_config = config.model_config(data.vocab_size, data.separator)
     with _locked(out):
         checkpoint = _prepare_folder(config, out, data, resume, console)
+        if checkpoint is not None:  # its pool may have been resized since the run began
+            model_config = AutoConfig.from_pretrained(checkpoint)
         set_seed(config.seed)
         model = AutoModelForCausalLM.from_config(model_config)
         saved_tokenizer = tokenizer.hugging_face()

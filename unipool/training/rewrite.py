@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model folders and checkpoints, converted or resized: what `unipool convert` and `resize` run."""
+
+import contextlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, MixtralForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from unipool.models import UniPoolConfig, UniPoolForCausalLM
+from unipool.models.convert import check_mixtral, from_mixtral, to_mixtral, to_private, to_shared
+from unipool.models.resize import resize_pool
+from unipool.training.checkpoint import MANIFEST, complete_folder
+from unipool.training.errors import InputError, TrainingError
+from unipool.training.generate import find_model
+
+TARGETS = ("shared", "private", "mixtral")
+OPTIMIZER = "optimizer.pt"
+# What save_pretrained writes anew; also what another tool may have left of the same weights.
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+)
+_TRAINER_FILES = ("optimizer*", "scheduler*", "trainer_state*", "training_args*", "rng_state*")
+
+
+def convert_folder(
+    source: Path, out: Path, to: str, *, balance: str | None = None, untie: bool = False
+) -> UniPoolConfig:
+    """Write the model of `source` (run, checkpoint or Hugging Face folder) to `out`, converted.
+
+    to: "shared", "private" or "mixtral"; balance: of `to_shared`; untie: of `to_private`. Files
+    beside the model, such as a tokenizer, are copied; the state of a trainer is not, for it belongs
+    to other parameters. Returns the new configuration; raises InputError.
+    """
+    if to not in TARGETS:
+        raise InputError(f"--to must be one of {', '.join(TARGETS)}, got {to}")
+    folder = _source(source, out)
+    with _one_line():
+        model = _load(folder)
+        if to == "shared":
+            model = to_shared(model, balance) if model.config.num_pools > 1 else _refuse_shared()
+        elif model.config.num_pools < model.config.num_hidden_layers:
+            model = to_private(model, untie=untie)
+        if to == "mixtral":
+            model = to_mixtral(model)
+    _write(model, folder, out, _MODEL_FILES + _TRAINER_FILES)
+    return model.config
+
+
+def resize_folder(
+    source: Path, out: Path, num_experts: int, *, load: Path | None = None, **options
+) -> list[list[int]]:
+    """Write the model of `source` to `out` with pools of `num_experts`; see `resize_pool`.
+
+    A checkpoint's optimizer.pt goes along, and so do its other files: `out` is then a checkpoint to
+    resume from with a model of the new config.json. load: JSON file with [L, M] or [M] numbers.
+    options: add, show, experts and seed of `resize_pool`, whose result is returned. Raises
+    InputError.
+    """
+    folder = _source(source, out)
+    with _one_line():
+        model = _load(folder)
+        optimizer = _load_optimizer(model, folder)
+        loads = None if load is None else _read_load(load)
+        origins = resize_pool(model, num_experts, load=loads, optimizer=optimizer, **options)
+    _write(model, folder, out, (*_MODEL_FILES, OPTIMIZER), optimizer)
+    return origins
+
+
+def _refuse_shared():
+    raise InputError("--to shared: the model has one pool already")
+
+
+def _source(source: Path, out: Path) -> Path:
+    folder, out = find_model(source), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already: choose a new folder to write to")
+    return folder
+
+
+@contextlib.contextmanager
+def _one_line():
+    """Errors of arguments and of files as InputError with one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(str(error).strip().splitlines()[0]) from error
+
+
+def _load(folder: Path) -> UniPoolForCausalLM:
+    transformers_logging.disable_progress_bar()
+    options = {"local_files_only": True}
+    config = AutoConfig.from_pretrained(str(folder), **options)
+    if isinstance(config, UniPoolConfig):
+        return UniPoolForCausalLM.from_pretrained(str(folder), **options)
+    check_mixtral(config)
+    return from_mixtral(MixtralForCausalLM.from_pretrained(str(folder), **options))
+
+
+def _load_optimizer(model: UniPoolForCausalLM, folder: Path) -> torch.optim.Optimizer | None:
+    """The AdamW that PoolTrainer saved beside the model, over the parameters of `model`."""
+    path = folder / OPTIMIZER
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} cannot be read as an optimizer's state") from error
+    parameters = list(model.parameters())
+    groups = [[p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups])
+    problem = f"{path} is not the optimizer of `unipool train` for this model"
+    try:
+        optimizer.load_state_dict(saved)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(problem) from error
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                raise InputError(problem)
+    return optimizer
+
+
+def _read_load(path: Path) -> torch.Tensor:
+    try:
+        return torch.tensor(json.loads(Path(path).read_text(encoding="utf-8")), dtype=torch.float64)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--load {path} must be JSON of [L, M] or [M] numbers: {reason}"
+        ) from error
+
+
+def _write(model, folder: Path, out: Path, left_out: tuple[str, ...], optimizer=None) -> None:
+    """`out` with the model, the optimizer, and the files of `folder` that match no `left_out`."""
+    try:
+        with complete_folder(out) as staging:
+            for path in folder.iterdir():
+                kept = not any(path.match(glob) for glob in (*left_out, MANIFEST))
+                if path.is_file() and kept:
+                    shutil.copy2(path, staging / path.name)
+            model.save_pretrained(staging)
+            if optimizer is not None:
+                torch.save(optimizer.state_dict(), staging / OPTIMIZER)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"cannot write {out}: {reason}") from error
