@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `unipool` command: train, demo, generate, doctor.
+"""The `unipool` command: train, demo, generate, probe, analyze, convert, resize, doctor.
 
 Bad input is one line on stderr and exit code 2; a run that had to stop is one line and exit code 1;
 a run that a signal stopped exits with 128 + the signal's number.
@@ -57,7 +57,9 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 if typer is not None:
+    from unipool.analysis.commands import analyze, probe
     from unipool.training.config import TrainConfig
+    from unipool.training.rewrite_commands import convert, resize
 
     app = typer.Typer(
         help="Mixture-of-Experts models whose layers share one pool of experts.",
@@ -255,6 +257,11 @@ if typer is not None:
 
         loaded, text_tokenizer = load_model(model, resolve_device(device))
         print(generate_text(loaded, text_tokenizer, prompt, max_new_tokens, temperature, seed))
+
+    app.command()(probe)
+    app.command()(analyze)
+    app.command()(convert)
+    app.command()(resize)
 
     @app.command("doctor")
     def doctor_command() -> None:

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of routings against loops over plain numbers, and the report of real checkpoints."""
+
+import json
+import math
+import random
+import re
+import shutil
+import sysconfig
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+from unipool import cli
+from unipool.analysis import metrics
+from unipool.analysis.collect import collect, routed_layers, select_layers
+from unipool.analysis.summary import analyze
+from unipool.models import UniPoolForCausalLM, preset
+from unipool.training.checkpoint import MANIFEST, latest_checkpoint
+from unipool.training.errors import InputError
+from unipool.training.tokenizer import ByteTokenizer
+
+TOKENS, EXPERTS = 40, 5
+
+
+@pytest.fixture(autouse=True)
+def small_scale(tmp_path_factory, monkeypatch, one_thread):
+    monkeypatch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder with a few files of the standard library."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(sysconfig.get_path("stdlib"), "json").glob("*.py")):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, text):
+    """A run of `unipool train` with one checkpoint."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    arguments = ["--d-model", "32", "--d-ff", "16", "--layers", "3", "--heads", "2"]
+    arguments += ["--pool-size", "6", "--top-k", "2", "--num-pools", "2", "--seq-len", "32"]
+    arguments += ["--batch-size", "4", "--steps", "2", "--device", "cpu", "--eval-tokens", "64"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        assert cli.main(["train", *arguments, "--data", str(text), "--out", str(out)]) == 0
+    return out
+
+
+HF = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+HF |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def hugging_face(family):
+    torch.manual_seed(0)
+    if family == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**HF, num_local_experts=6))
+    elif family == "olmoe":
+        model = OlmoeForCausalLM(OlmoeConfig(**HF, num_experts=6, num_experts_per_tok=2))
+    else:  # layer 1 has an ordinary MLP
+        sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+        config = Qwen2MoeConfig(
+            **HF, **sizes, num_experts=6, num_experts_per_tok=2, mlp_only_layers=[1]
+        )
+        model = Qwen2MoeForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.normal_()
+    return model.eval()
+
+
+def dense(**sizes):
+    return LlamaForCausalLM(preset("tiny", "dense", num_hidden_layers=1, **sizes))
+
+
+def draw_routing(seed, k, tokens=TOKENS):
+    generator = random.Random(seed)
+    rows = [generator.sample(range(EXPERTS), k) for _ in range(tokens)]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def copied(a, seed, fraction=0.7):
+    """`a` with some tokens routed elsewhere: related to it, but not the same."""
+    other = draw_routing(seed, a.shape[1], len(a))
+    keep = torch.tensor([random.Random(seed + t).random() < fraction for t in range(len(a))])
+    return torch.where(keep[:, None], a, other)
+
+
+# --- plain versions
+
+
+def plain_entropy(counts):
+    total = sum(counts)
+    return -sum(c / total * math.log2(c / total) for c in counts if c > 0)
+
+
+def plain_gini(counts):
+    differences = sum(abs(a - b) for a, b in product(counts, counts))
+    return differences / (2 * len(counts) * sum(counts))
+
+
+def plain_jaccard(a, b):
+    values = []
+    for left, right in zip(a.tolist(), b.tolist(), strict=True):
+        left, right = set(left) - {-1}, set(right) - {-1}
+        if left | right:
+            values.append(len(left & right) / len(left | right))
+    return sum(values) / len(values)
+
+
+def plain_information(a, b):
+    joint = {}
+    for left, right in zip(a.tolist(), b.tolist(), strict=True):
+        for pair in product(left, right):
+            if -1 not in pair:
+                joint[pair] = joint.get(pair, 0) + 1
+    total = sum(joint.values())
+    first, second = {}, {}
+    for (i, j), count in joint.items():
+        first[i] = first.get(i, 0) + count
+        second[j] = second.get(j, 0) + count
+    return sum(
+        n / total * math.log2(n * total / (first[i] * second[j])) for (i, j), n in joint.items()
+    )
+
+
+# --- metrics
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 4, 1, 5], [7, 0, 0, 2], [4, 4, 4], [9]])
+def test_entropy_and_gini(counts):
+    load = torch.tensor(counts)
+    assert metrics.entropy(load).item() == pytest.approx(plain_entropy(counts), abs=1e-12)
+    assert metrics.gini(load) == pytest.approx(plain_gini(counts), abs=1e-12)
+
+
+def test_entropy_and_gini_at_their_ends():
+    assert metrics.entropy(torch.ones(3, 8)).tolist() == pytest.approx([3.0] * 3)
+    assert metrics.entropy(torch.tensor([[0.0, 2.0], [0.0, 0.0]])).tolist() == [0.0, 0.0]
+    assert metrics.gini(torch.tensor([0, 0, 0, 9])) == pytest.approx(0.75)
+    assert metrics.gini(torch.zeros(4)) == 0.0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_load_jaccard_and_information(k):
+    a = draw_routing(1, k)
+    b = copied(a, 2)
+    a[3, -1] = -1  # a slot without an expert
+    counts = [sum(row.count(e) for row in a.tolist()) for e in range(EXPERTS)]
+    assert metrics.expert_load(a, EXPERTS).tolist() == counts
+    assert metrics.jaccard(a, b) == pytest.approx(plain_jaccard(a, b), abs=1e-12)
+    found = metrics.mutual_information(a, b, EXPERTS, EXPERTS)
+    assert found == pytest.approx(plain_information(a, b), abs=1e-12)
+    assert found > 0.01
+
+
+def test_information_of_known_layers():
+    a = torch.arange(64).remainder(4)[:, None]
+    assert metrics.mutual_information(a, 3 - a, 4, 4) == pytest.approx(2.0)  # a bijection
+    independent = torch.arange(64).div(4, rounding_mode="floor").remainder(4)[:, None]
+    assert metrics.mutual_information(a, independent, 4, 4) == pytest.approx(0.0, abs=1e-12)
+    coarse = a.div(2, rounding_mode="floor")  # says one of the two bits, and from another range
+    assert metrics.mutual_information(a, coarse, 4, 7) == pytest.approx(1.0)
+
+
+def test_cross_layer_pairs_pools_and_baseline():
+    a = draw_routing(1, 1, 2000)
+    layers = [a, copied(a, 2), draw_routing(3, 1, 2000)]
+    found = metrics.cross_layer(layers, [0, 0, 1], [EXPERTS] * 3, shuffles=4)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        information = plain_information(layers[i], layers[j])
+        for row, column in ((i, j), (j, i)):
+            assert found.information[row, column] == pytest.approx(information, abs=1e-12)
+    assert found.jaccard[0, 1] == pytest.approx(plain_jaccard(*layers[:2]), abs=1e-12)
+    assert found.jaccard[:2, 2].isnan().all()  # ids of another pool name other experts
+    assert all(matrix.diagonal().isnan().all() for matrix in found)
+    bias = (EXPERTS - 1) ** 2 / (2 * 2000 * math.log(2))
+    shuffled = found.information_shuffled[0, 1].item()
+    assert shuffled == pytest.approx(bias, rel=0.8)
+    assert found.information[0, 1] > 20 * shuffled
+    assert found.jaccard_shuffled[0, 1] == pytest.approx(1 / EXPERTS, abs=0.03)
+    assert metrics.mean_off_diagonal(found.jaccard) == pytest.approx(found.jaccard[0, 1].item())
+    assert metrics.mean_off_diagonal(torch.ones(1, 1)) is None
+
+
+def test_weight_similarity(monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK", 7)
+    up, down = torch.randn(4, 6, 3), torch.randn(4, 3, 5)
+    up[3], down[3] = -2 * up[0], -2 * down[0]
+    found = metrics.weight_similarity(up, down)
+    for i, j in product(range(4), range(4)):
+        a = [*up[i].flatten().tolist(), *down[i].flatten().tolist()]
+        b = [*up[j].flatten().tolist(), *down[j].flatten().tolist()]
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        cosine = dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+        assert found[i, j].item() == pytest.approx(cosine, abs=1e-9)
+    assert found[0, 3].item() == pytest.approx(-1.0)
+    assert metrics.weight_similarity(torch.zeros(2, 3)).eq(0).all()
+
+
+# --- collection
+
+
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [
+        ("norm", {}),
+        ("softmax", {"num_experts_per_tok": 2, "norm_topk_prob": True}),
+        ("recurrent", {"router_scoring": "norm"}),
+        ("recurrent", {"num_experts_per_tok": 2}),
+    ],
+)
+def test_our_routings_are_collected(router, options):
+    config = preset("tiny", router=router, num_hidden_layers=3, initializer_range=0.5, **options)
+    model = UniPoolForCausalLM(config).eval()
+    batches = [torch.randint(256, (2, 16)), torch.randint(256, (1, 16))]
+    layers = routed_layers(model)
+    found = collect(model, layers, batches)
+    with torch.no_grad():
+        outputs = [model(input_ids=ids, use_cache=False) for ids in batches]
+    for index in range(3):
+        expected = torch.cat([output.routings[index].experts for output in outputs])
+        assert torch.equal(found.experts[index], expected)
+        assert 0 < found.gate_entropy[index] < 4
+    assert not any(layer.router._forward_hooks for layer in layers)
+
+
+def test_gate_entropy_of_a_norm_router_leaves_silent_tokens_out():
+    model = UniPoolForCausalLM(preset("tiny", num_hidden_layers=1, num_experts=3)).eval()
+    router = model.model.layers[0].router
+    rows = torch.tensor([[3.0, 4.0, 0.0], [1.0, 1.0, 1.0], [-1.0, -2.0, -3.0], [5.0, 0.0, -1.0]])
+    router.logits = lambda x: rows
+    found = collect(model, routed_layers(model), [torch.randint(256, (1, 4))])
+    expected = (plain_entropy([3, 4]) + plain_entropy([1, 1, 1]) + 0.0) / 3
+    assert found.gate_entropy == pytest.approx([expected], abs=1e-6)
+    assert found.silent == [0.25]
+    assert found.experts[0].flatten().tolist() == [1, 0, 0, 0]
+    assert found.chosen[0].flatten().tolist() == [1, 0, -1, 0]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen"])
+def test_hugging_face_routings_are_collected(family):
+    model = hugging_face(family)
+    ids = torch.randint(320, (2, 16))
+    layers = routed_layers(model)
+    assert [layer.index for layer in layers] == ([0, 2] if family == "qwen" else [0, 1, 2])
+    assert {(layer.num_experts, layer.top_k) for layer in layers} == {(6, 2)}
+    assert len({layer.pool for layer in layers}) == len(layers)
+    found = collect(model, layers, [ids])
+    with torch.no_grad():
+        output = model(input_ids=ids, output_router_logits=True, use_cache=False)
+    logits = [entry for entry in output.router_logits if entry is not None]
+    for position in range(len(layers)):
+        gates = torch.softmax(logits[position].double(), dim=1)
+        assert torch.equal(found.experts[position].long(), gates.topk(2, dim=1).indices)
+        mean = sum(plain_entropy(row) for row in gates.tolist()) / len(gates)
+        assert found.gate_entropy[position] == pytest.approx(mean, abs=1e-5)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+    assert found.score.loss == pytest.approx(loss, abs=1e-5)
+
+
+def test_models_that_cannot_be_read_are_refused():
+    with pytest.raises(InputError, match="LlamaForCausalLM has no MoE layer to look at; needs"):
+        routed_layers(dense())
+    layers = routed_layers(hugging_face("qwen"))
+    with pytest.raises(InputError, match="--layer must be one of the MoE layers 0, 2, got 1"):
+        select_layers(layers, [1])
+    assert [layer.index for layer in select_layers(layers, [2, 0, 2])] == [2, 0]
+    sizes = {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 8, "first_k_dense_replace": 0}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**HF, **sizes)).eval()
+    with pytest.raises(InputError, match=r"needs a UniPool model or a Hugging Face MoE model"):
+        collect(model, routed_layers(model), [torch.randint(320, (1, 4))])
+
+
+def test_a_router_with_another_rule_is_refused():
+    model = hugging_face("olmoe")
+    gate = model.model.layers[1].mlp.gate
+    handle = gate.register_forward_hook(lambda m, a, out: (out[0], out[1].sigmoid(), out[2]))
+    message = "layer 1: the weights of OlmoeTopKRouter are not those of a softmax router"
+    with pytest.raises(InputError, match=message):
+        collect(model, routed_layers(model), [torch.randint(320, (1, 4))])
+    handle.remove()
+
+
+# --- summary and report
+
+
+def test_analysis_of_a_shared_pool_adds_up():
+    torch.manual_seed(0)
+    config = preset("tiny", num_hidden_layers=4, num_pools=2, num_experts=6, initializer_range=0.5)
+    model = UniPoolForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[1].router.scale.fill_(1.5)
+    ids = torch.randint(256, (2, 32))
+    found = analyze(model, [ids])
+    with torch.no_grad():
+        load = model(input_ids=ids).load
+    assert found.arrays["load"].tolist() == load.tolist()
+    assert [row["scale"] for row in found.numbers["layers"]] == [1.0, 1.5, 1.0, 1.0]
+    assert [row["layers"] for row in found.numbers["pools"]] == [[0, 1], [2, 3]]
+    for row, counts in zip(found.numbers["layers"], load.tolist(), strict=True):
+        assert row["load_entropy"] == pytest.approx(plain_entropy(counts))
+        assert row["load_effective"] == pytest.approx(2 ** plain_entropy(counts))
+        assert row["gini"] == pytest.approx(plain_gini(counts))
+        assert row["dead"] == counts.count(0)
+    for row in found.numbers["pools"]:
+        counts = load[row["layers"]].sum(0).tolist()
+        assert row["gini"] == pytest.approx(plain_gini(counts))
+        assert row["dead_experts"] == [e for e, n in enumerate(counts) if n == 0]
+    pool = model.model.pools[1]
+    similarity = metrics.weight_similarity(pool.gate_up_proj, pool.down_proj)
+    np.testing.assert_allclose(found.arrays["similarity_1"], similarity)
+    assert np.isfinite(found.arrays["jaccard"]).sum() == 4  # two pairs of layers, each way
+    chosen = collect(model, routed_layers(model), [ids]).chosen
+    information = plain_information(chosen[1], chosen[3])
+    assert found.arrays["information"][1, 3] == pytest.approx(information)
+    assert found.arrays["jaccard"][1, 0] == pytest.approx(plain_jaccard(chosen[0], chosen[1]))
+    json.dumps(found.numbers, allow_nan=False)
+
+
+def test_layers_that_see_a_part_of_the_pool():
+    """Their routers count from zero; the analysis speaks of the pool's ids."""
+    seen = [[0, 2, 4], [5, 1, 2], [4, 5]]
+    config = preset("tiny", num_hidden_layers=3, num_experts=6, layer_experts=seen)
+    config.initializer_range = 0.5
+    model = UniPoolForCausalLM(config).eval()
+    ids = torch.randint(256, (2, 32))
+    found = analyze(model, [ids])
+    with torch.no_grad():
+        load = model(input_ids=ids).load
+    for index, row in enumerate(found.numbers["layers"]):
+        counts = load[index][seen[index]].tolist()
+        assert row["experts"] == len(seen[index])
+        assert row["gini"] == pytest.approx(plain_gini(counts))
+        assert row["dead"] == counts.count(0)
+        hidden = [e for e in range(6) if e not in seen[index]]
+        assert found.arrays["load"][index][hidden].tolist() == [-1] * len(hidden)
+        assert found.arrays["load"][index][seen[index]].tolist() == counts
+    assert 3 in found.numbers["pools"][0]["dead_experts"]
+
+
+def command(capsys, *arguments, code=0):
+    assert cli.main(list(map(str, arguments))) == code
+    captured = capsys.readouterr()
+    if code:
+        assert captured.err.count("\n") == 1, captured.err
+        return captured.err
+    return captured.out
+
+
+def test_analyze_a_run(tmp_path, capsys, run):
+    output = command(capsys, "analyze", run, "--out", tmp_path / "a", "--tokens", "600")
+    assert f"report: {tmp_path / 'a' / 'report.html'}" in output
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    pictures = {"load", "entropy", "information", "jaccard", "similarity", "scale"}
+    assert files == {"report.html", "analysis.json", "analysis.npz"} | {
+        f"{p}.png" for p in pictures
+    }
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing beside it is needed
+    numbers = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    arrays = np.load(tmp_path / "a" / "analysis.npz")
+    assert numbers["text"] == "text held out in training"
+    assert arrays["load"].sum(axis=1).tolist() == [2 * numbers["tokens"]] * 3
+    assert [plain_gini(row) for row in arrays["load"].tolist()] == pytest.approx(
+        [row["gini"] for row in numbers["layers"]]
+    )
+    checkpoint = latest_checkpoint(run / "checkpoints")  # the same weights
+    command(capsys, "analyze", checkpoint, "--out", tmp_path / "b", "--tokens", "600")
+    again = json.loads((tmp_path / "b" / "analysis.json").read_text())
+    assert again["layers"] == numbers["layers"]
+    assert again["loss"] == numbers["loss"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_analyze_a_hugging_face_folder(tmp_path, capsys, text, family):
+    model = hugging_face(family)
+    model.save_pretrained(tmp_path / "model")
+    ByteTokenizer().hugging_face().save_pretrained(tmp_path / "model")
+    error = command(capsys, "analyze", tmp_path / "model", "--out", tmp_path / "a", code=2)
+    assert "--data is needed" in error
+    assert not (tmp_path / "a").exists()
+    options = ["--data", text, "--tokens", "400", "--seq-len", "32", "--out", tmp_path / "a"]
+    command(capsys, "analyze", tmp_path / "model", *options)
+    numbers = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    assert numbers["model"] == type(model).__name__
+    assert numbers["cross_layer"]["jaccard"] is None  # every layer has experts of its own
+    assert numbers["cross_layer"]["information"] > 0
+    assert not (tmp_path / "a" / "scale.png").exists()
+
+
+def test_bad_checkpoints_are_one_line(tmp_path, capsys, run, text):
+    out = ["--out", tmp_path / "a"]
+    assert "give a run folder, a complete checkpoint" in command(
+        capsys, "analyze", tmp_path / "nothing", *out, code=2
+    )
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "model" / MANIFEST).unlink()
+    error = command(capsys, "analyze", copy, *out, code=2)
+    assert f"{copy / 'model'} is incomplete: {MANIFEST} is missing; give" in error
+    step = latest_checkpoint(copy / "checkpoints")
+    (step / MANIFEST).unlink()
+    assert f"{MANIFEST} is missing" in command(capsys, "probe", step, code=2)
+    for size, message in ((256, "below the model's vocab_size=256"), (320, "has no MoE layer")):
+        dense(vocab_size=size).save_pretrained(tmp_path / "dense")
+        ByteTokenizer().hugging_face().save_pretrained(tmp_path / "dense")
+        assert message in command(capsys, "probe", tmp_path / "dense", "--data", text, code=2)
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    error = command(capsys, "analyze", run, "--out", blocker / "a", code=2)
+    assert "is not a folder that can be written to" in error
+    error = command(capsys, "analyze", run, "--seq-len", "99999", *out, code=2)
+    assert "--seq-len must be in [2, 1024], got 99999" in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_changed_text_is_noticed(tmp_path, capsys, run, text):
+    copy, changed = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(run, copy)
+    shutil.copytree(text, changed)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"data": [str(changed)]}))
+    (changed / "decoder.py").write_text("something else\n")
+    error = command(capsys, "analyze", copy, "--out", tmp_path / "a", code=2)
+    assert "has changed since" in error

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An analysis as a folder: report.html, which needs nothing beside it, and the numbers."""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+
+import unipool
+from unipool.analysis.figures import analysis_figures, png
+from unipool.analysis.summary import Analysis
+from unipool.training.checkpoint import write_text
+
+_LAYER_COLUMNS = (
+    ("layer", "layer", "{}"),
+    ("pool", "pool", "{}"),
+    ("router", "router", "{}"),
+    ("experts", "experts", "{}"),
+    ("k", "top_k", "{}"),
+    ("gate entropy (bits)", "gate_entropy", "{:.3f}"),
+    ("effective", "gate_effective", "{:.1f}"),
+    ("load entropy (bits)", "load_entropy", "{:.3f}"),
+    ("effective", "load_effective", "{:.1f}"),
+    ("dead", "dead", "{}"),
+    ("Gini", "gini", "{:.3f}"),
+    ("silent tokens", "silent", "{:.2%}"),
+    ("scale σ", "scale", "{:.3f}"),
+)
+_POOL_COLUMNS = (
+    ("pool", "pool", "{}"),
+    ("layers", "layers", "{}"),
+    ("experts", "experts", "{}"),
+    ("load entropy (bits)", "load_entropy", "{:.3f}"),
+    ("effective", "load_effective", "{:.1f}"),
+    ("dead", "dead", "{}"),
+    ("Gini", "gini", "{:.3f}"),
+    ("mean cosine of experts", "similarity", "{:.4f}"),
+)
+_TEXTS = {
+    "load": (
+        "Load",
+        "Each row is a layer, each column an expert of the pool that the layer draws on; the "
+        "colour is the expert's load in multiples of an equal share.",
+    ),
+    "entropy": (
+        "Entropy",
+        "Of the gates of one token (its scores divided by their sum), averaged over tokens: how "
+        "undecided the router is. Of the load: how evenly all tokens together use the experts. "
+        "2^H is the effective number of experts.",
+    ),
+    "information": (
+        "Mutual information across layers",
+        "How many bits the expert chosen in one layer tells about the one chosen in another, for "
+        "the same token. An estimate from finite text is above zero even without any relation: "
+        "what counts is the difference to the shuffled tokens.",
+    ),
+    "jaccard": (
+        "Overlap across layers",
+        "Mean Jaccard index of the sets of experts that a token gets in two layers of the same "
+        "pool, beside the same for shuffled tokens.",
+    ),
+    "similarity": (
+        "Similarity of experts",
+        "Cosine of two experts' weights, all their matrices taken as one vector.",
+    ),
+    "scale": ("NormRouter scale", "The learned factor σ of each layer's scores; 1 at the start."),
+}
+
+
+def write_analysis(folder: Path, analysis: Analysis, title: str, notes: list[str]) -> Path:
+    """Write report.html, analysis.json, analysis.npz and the pictures; returns the page's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name, figure in analysis_figures(analysis).items():
+        picture = png(figure)
+        (folder / f"{name}.png").write_bytes(picture)
+        sections.append(_section(name, picture))
+    with open(folder / "analysis.npz", "wb") as file:
+        np.savez_compressed(file, **analysis.arrays)
+    write_text(folder / "analysis.json", json.dumps(analysis.numbers, indent=1) + "\n")
+    page = folder / "report.html"
+    write_text(page, _page(analysis.numbers, title, notes, sections))
+    return page
+
+
+def _section(name: str, picture: bytes) -> str:
+    heading, text = _TEXTS[name]
+    data = base64.b64encode(picture).decode("ascii")
+    return (
+        f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>\n"
+        f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">\n'
+    )
+
+
+def _cell(value, form: str) -> str:
+    if isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return "–" if value is None else html.escape(form.format(value))
+
+
+def _table(columns: tuple, rows: list[dict]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in columns)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{_cell(row[key], form)}</td>" for _, key, form in columns)
+        + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table></div>\n"
+    )
+
+
+def _cross_layer_rows(cross: dict) -> list[dict]:
+    names = (("mutual information (bits)", "information"), ("Jaccard index", "jaccard"))
+    return [
+        {"what": what, "measured": cross[name], "shuffled": cross[f"{name}_shuffled"]}
+        for what, name in names
+    ]
+
+
+def _page(numbers: dict, title: str, notes: list[str], sections: list[str]) -> str:
+    cross_columns = (
+        ("mean over pairs of layers", "what", "{}"),
+        ("measured", "measured", "{:.4f}"),
+        ("tokens shuffled", "shuffled", "{:.4f}"),
+    )
+    return _TEMPLATE.format(
+        title=html.escape(title),
+        notes="".join(f"<p>{html.escape(note)}</p>\n" for note in notes),
+        layers=_table(_LAYER_COLUMNS, numbers["layers"]),
+        pools=_table(_POOL_COLUMNS, numbers["pools"]),
+        cross=_table(cross_columns, _cross_layer_rows(numbers["cross_layer"])),
+        sections="".join(sections),
+        version=html.escape(f"unipool {unipool.__version__}"),
+    )
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+  max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; }}
+th, td {{ padding: 0.3rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; }}
+th {{ vertical-align: bottom; }}
+th:first-child, td:first-child {{ text-align: left; }}
+td {{ font-variant-numeric: tabular-nums; }}
+img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
+footer {{ color: #666; font-size: 0.85rem; margin-top: 2rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{notes}<h2>Layers</h2>
+{layers}<p>Dead: experts without a single token of this text. Silent tokens: all their scores are
+zero, which only a NormRouter can do; the load counts them for the experts of lowest id. Layers are
+compared below by the experts with a weight above zero.</p>
+<h2>Pools</h2>
+{pools}<h2>Across layers</h2>
+{cross}{sections}<footer>{version}</footer>
+</body>
+</html>
+"""

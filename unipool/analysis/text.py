@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model in a checkpoint, and the text to look at it with."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unipool.training.checkpoint import MANIFEST, folder_fault, step_of
+from unipool.training.config import TrainConfig
+from unipool.training.corpus import path_documents
+from unipool.training.data import ValBlocks, default_cache, load_data
+from unipool.training.errors import InputError
+from unipool.training.generate import find_model, load_model
+from unipool.training.run import resolve_device
+from unipool.training.tokenizer import HuggingFaceTokenizer, load_tokenizer
+
+ALLOWED = "a run folder, a complete checkpoint of one, or a Hugging Face model folder"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its text. source: where the text comes from, for the reader of a result."""
+
+    folder: Path
+    model: torch.nn.Module
+    blocks: ValBlocks
+    batch_size: int
+    source: str
+
+    @property
+    def batches(self) -> Callable[[], Iterator[Tensor]]:
+        """A function that gives the same batches of ids [B, S] each time."""
+        return lambda: self.blocks.batches(self.batch_size)
+
+
+def load_subject(
+    checkpoint: Path,
+    data: list[Path] | None,
+    *,
+    field: str = "text",
+    tokens: int = 1 << 15,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> Subject:
+    """The model of `checkpoint`, and about `tokens` tokens (0: all) of text.
+
+    data: files or folders to take the text from, their beginning; None takes the text that was held
+    out in the training run which `checkpoint` belongs to. Raises InputError, in one line, if there
+    is no usable model, no text, or a checkpoint of a run without its manifest.
+    """
+    if tokens < 0 or batch_size < 1:
+        raise InputError(f"--tokens must be >= 0 and --batch-size >= 1, got {tokens}, {batch_size}")
+    folder = checked_model(checkpoint)
+    run = _find_run(folder)
+    if data is None and run is None:
+        raise InputError(f"--data is needed: {checkpoint} is not from a run of `unipool train`")
+    if data is not None:  # read before the model, so that a wrong path shows at once
+        ids, source = _text_tokens(data, field, folder, tokens), ", ".join(map(str, data))
+    else:
+        ids, source = _held_out_tokens(*run), "text held out in training"
+    model, _ = load_model(folder, resolve_device(device))
+    length = _sequence_length(model, run and run[1], seq_len)
+    if len(ids) < 2 or int(ids.max()) >= model.config.vocab_size:
+        raise InputError(
+            f"data: {source} must give at least 2 tokens below the model's vocab_size="
+            f"{model.config.vocab_size}, got {len(ids)} up to {int(max(ids, default=0))}"
+        )
+    return Subject(folder, model, ValBlocks(ids, length, tokens), batch_size, source)
+
+
+def checked_model(checkpoint: Path) -> Path:
+    """As find_model, but what a run wrote must have the manifest that vouches for it."""
+    path = Path(checkpoint)
+    try:
+        folder = find_model(path)
+    except InputError as error:
+        raise InputError(f"{error}; give {ALLOWED}") from error
+    from_run = step_of(folder) >= 0 or (folder.parent / "data.key").exists()
+    if from_run and not (folder / MANIFEST).exists():
+        raise InputError(f"model: {folder} is incomplete: {folder_fault(folder)}; give {ALLOWED}")
+    return folder
+
+
+def _find_run(folder: Path) -> tuple[Path, TrainConfig] | None:
+    """The run that `folder` (model, or checkpoints/step-N) lies in, and its options, if any."""
+    for run in (folder.parent, folder.parent.parent):
+        if (run / "data.key").exists() and (run / "config.json").exists():
+            return run, TrainConfig.load(run / "config.json")
+    return None
+
+
+def _held_out_tokens(folder: Path, run: TrainConfig) -> np.ndarray:
+    tokenizer = load_tokenizer(Path(run.tokenizer) if run.tokenizer else None)
+    paths = [Path(path) for path in run.data]
+    options = {"field": run.field, "seed": run.seed, "val_fraction": run.val_fraction}
+    try:
+        data = load_data(paths, tokenizer, cache=default_cache(), **options)
+    except OSError as error:
+        raise InputError(f"data: cannot write token files: {error}") from error
+    if data.key != (folder / "data.key").read_text(encoding="utf-8").strip():
+        raise InputError(
+            f"data: the text of {folder} has changed since, so that what was held out is not "
+            "known; choose a text with --data"
+        )
+    return data.val
+
+
+def _text_tokens(paths: list[Path], field: str, folder: Path, limit: int) -> np.ndarray:
+    tokenizer = HuggingFaceTokenizer(folder)
+    parts, count = [], 0
+    for document in path_documents(paths, field):
+        ids = np.append(tokenizer.encode([document.text])[0], tokenizer.separator)
+        parts.append(ids)
+        count += len(ids)
+        if limit and count > limit:
+            break
+    ids = np.concatenate(parts)
+    # The document that ends the text has no separator to predict what follows from.
+    return (ids[: limit + 1] if limit else ids[:-1]).astype(np.int64)
+
+
+def _sequence_length(model, run: TrainConfig | None, given: int | None) -> int:
+    most = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    length = given if given is not None else (run.seq_len if run else min(512, most))
+    if not 2 <= length <= most:
+        raise InputError(f"--seq-len must be in [2, {most}], got {length}")
+    return length
+
+
+def check_writable(file: Path | None) -> None:
+    """InputError unless `file`, and its folder if there is none yet, can be made; makes nothing."""
+    if file is None:
+        return
+    folder = Path(file).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {file}: {folder} is not a folder that can be written to")
+    if file.is_dir():
+        raise InputError(f"cannot write {file}: it is a folder")
