@@ -191,9 +191,6 @@ def _check_library(report: dict, torch) -> None:
     if report["cuda"]["gpus"] and not has_cuda_ops:
         fix = f"install the CUDA toolkit, then UNIPOOL_CUDA=ON {REBUILD}"
         _note(report, "there is a GPU, but the CUDA ops were not built: the CPU ops are used", fix)
-    if has_cuda_ops:
-        what = "expert_mlp and grouped_mm on CUDA are composed of PyTorch's own operations"
-        _note(report, what, "nothing to do: their own kernels are not there yet")
     devices = ["cpu"] + (["cuda"] if has_cuda_ops and report["cuda"]["gpus"] else [])
     for device in devices:
         report["self_test"] += _self_test(torch, unipool_ops, reference, device)
@@ -224,6 +221,7 @@ def _self_test(torch, ops, reference, device: str) -> list[dict]:
         return side.expert_mlp(x, routing, gate_up, down)
 
     cases: dict[str, tuple[Callable, tuple]] = {
+        "router_logits": (lambda side, x, w: side.router_logits(x, w), (x, gate_up[:, 0])),
         "norm_topk": (
             lambda side, z, s: side.norm_topk(z, s, k, calibration=2.0, bias=bias.to(z.dtype)),
             (logits, scale),

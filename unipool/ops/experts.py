@@ -103,7 +103,8 @@ def _saves_as_is() -> bool:
     keep it too; a compiler plans the memory itself."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is not None and hooks(True) is None
 
 
 def _frees_saved_tensors() -> bool:
