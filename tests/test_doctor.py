@@ -14,6 +14,7 @@ import unipool
 from unipool import doctor, ops, reference
 
 OPS = {
+    "router_logits",
     "norm_topk",
     "softmax_topk",
     "dispatch_plan",
