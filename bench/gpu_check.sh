@@ -11,7 +11,7 @@
 # passed or could not run here for want of a tool, 1 if one failed, 2 for a wrong call or no GPU.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-SUITES=(router dispatch experts memory contract nn pool_pass properties mutants)
+SUITES=(router dispatch experts contract nn pool_pass pooled_layers properties mutants memory)
 TOTAL_SECONDS=${TOTAL_SECONDS:-530}
 failed=0
 
