@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two layers over one pool, as a whole: every backend against the CPU, and what only a GPU shows."""
+"""Two layers over one pool: every backend against the CPU, and what only a GPU shows."""
 
 import copy
 
