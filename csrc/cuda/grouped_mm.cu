@@ -20,11 +20,17 @@ struct Sizes {
       : columns(int(kForward ? args.n : args.k)), depth(int(kForward ? args.k : args.n)) {}
 };
 
-// Reads each expert's matrix from DRAM once, if it has rows, and the rows once a column of tiles
-// (mostly from L2); writes every row of `out`. Shared memory: the pipeline, then the schedule. No
-// bound on the registers of the slow path, which would spill.
+// Resident blocks that registers are saved for; under any bound ptxas batches the loads of the slow
+// path of 16-bit elements, and spills.
 template <class Tile, bool kVector>
-__global__ __launch_bounds__(Tile::kThreads, kVector ? Tile::kBlocks : 0) void grouped_mm_kernel(
+constexpr int kResident = kVector                         ? Tile::kBlocks
+                          : sizeof(typename Tile::T) == 4 ? 2
+                                                          : 0;
+
+// Reads each expert's matrix from DRAM once, if it has rows, and the rows once a column of tiles
+// (mostly from L2); writes every row of `out`. Shared memory: the pipeline, then the schedule.
+template <class Tile, bool kVector>
+__global__ __launch_bounds__(Tile::kThreads, (kResident<Tile, kVector>)) void grouped_mm_kernel(
     const __grid_constant__ GroupedMmArgs args) {
   using T = typename Tile::T;
   using LinesA = StridedLines<typename Tile::A>;
