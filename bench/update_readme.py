@@ -107,6 +107,22 @@ def single_ops() -> str:
     )
 
 
+def integration() -> str:
+    results = load("integration")["results"]
+    peers = ("eager", "grouped_mm")
+    rows = [
+        [r["case"], str(r["T"]), r["dtype"], *(f"{r['ratio_to_ours'][p]:.1f}x" for p in peers)]
+        for r in results
+    ]
+    c = results[0]
+    return (
+        "**Under Hugging Face models** (`python bench/bench_integration.py`): how much longer the "
+        f"MoE blocks of {c['layers']} layers take with\nother experts implementations than with "
+        f"`unipool`; D {c['d_model']}, F {c['d_ff']}, {c['experts']} experts, top-{c['top_k']}.\n\n"
+        + table(["", "tokens", "dtype", *(f"`{p}`" for p in peers)], rows)
+    )
+
+
 def precision() -> str:
     errors = {r["layers"]: r["error"] for r in load("wgrad_precision")["results"]}
     layers = ", ".join(map(str, errors))
@@ -127,7 +143,7 @@ def figures() -> str:
         "JSON under `bench/results/`\nthrough `bench/update_readme.py`. Times of shared machines "
         "vary: the ratios, measured in one run, are what counts.\n"
     )
-    return "\n".join([head, demo(), pool_step(), single_ops(), precision()])
+    return "\n".join([head, demo(), pool_step(), single_ops(), integration(), precision()])
 
 
 def main() -> None:
