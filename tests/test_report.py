@@ -4,6 +4,7 @@
 import base64
 import json
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from io import BytesIO
@@ -216,5 +217,17 @@ def test_heat_map_shows_load_in_uniform_shares():
     assert image.get_clim() == (0, 4)
 
 
-def test_report_needs_no_display():
-    assert "matplotlib.pyplot" not in sys.modules
+def test_reports_need_no_display():
+    """In a process of its own: other libraries under test import pyplot."""
+    code = """
+import json, sys
+from unipool.analysis import figures
+from unipool.training import report
+runs = json.loads(sys.argv[1])
+report._png(report.loss_figure(runs))
+report._png(report.load_figure(runs[0]))
+sys.exit("matplotlib.pyplot" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, json.dumps([run()])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
