@@ -222,10 +222,10 @@ def test_reports_need_no_display():
     code = """
 import json, sys
 from unipool.analysis import figures
-from unipool.training import report
+from unipool.training import page, report
 runs = json.loads(sys.argv[1])
-report._png(report.loss_figure(runs))
-report._png(report.load_figure(runs[0]))
+page.png(report.loss_figure(runs))
+page.png(report.load_figure(runs[0]))
 sys.exit("matplotlib.pyplot" in sys.modules)
 """
     command = [sys.executable, "-c", code, json.dumps([run()])]

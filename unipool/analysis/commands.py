@@ -67,7 +67,8 @@ def probe(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(json_file, json.dumps(about | result.to_dict(), indent=1) + "\n")
     if plot is not None:
-        from unipool.analysis.figures import png, probe_figure
+        from unipool.analysis.figures import probe_figure
+        from unipool.training.page import png
 
         plot.parent.mkdir(parents=True, exist_ok=True)
         plot.write_bytes(png(probe_figure(result)))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of an analysis and of a probe."""
 
-import io
-
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -41,12 +39,6 @@ def analysis_figures(analysis: Analysis) -> dict[str, Figure]:
     if any(row["scale"] is not None for row in numbers["layers"]):
         figures["scale"] = scale_figure(numbers["layers"])
     return figures
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
 
 
 def _new(width: float, height: float) -> Figure:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An analysis as a folder: report.html, which needs nothing beside it, and the numbers."""
 
-import base64
 import html
 import json
 from pathlib import Path
@@ -9,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 import unipool
-from unipool.analysis.figures import analysis_figures, png
+from unipool.analysis.figures import analysis_figures
 from unipool.analysis.summary import Analysis
 from unipool.training.checkpoint import write_text
+from unipool.training.page import document, image, png
 
 _LAYER_COLUMNS = (
     ("layer", "layer", "{}"),
@@ -88,10 +88,8 @@ def write_analysis(folder: Path, analysis: Analysis, title: str, notes: list[str
 
 def _section(name: str, picture: bytes) -> str:
     heading, text = _TEXTS[name]
-    data = base64.b64encode(picture).decode("ascii")
     return (
-        f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>\n"
-        f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">\n'
+        f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>\n{image(heading, picture)}\n"
     )
 
 
@@ -129,8 +127,7 @@ def _page(numbers: dict, title: str, notes: list[str], sections: list[str]) -> s
         ("measured", "measured", "{:.4f}"),
         ("tokens shuffled", "shuffled", "{:.4f}"),
     )
-    return _TEMPLATE.format(
-        title=html.escape(title),
+    body = _BODY.format(
         notes="".join(f"<p>{html.escape(note)}</p>\n" for note in notes),
         layers=_table(_LAYER_COLUMNS, numbers["layers"]),
         pools=_table(_POOL_COLUMNS, numbers["pools"]),
@@ -138,37 +135,14 @@ def _page(numbers: dict, title: str, notes: list[str], sections: list[str]) -> s
         sections="".join(sections),
         version=html.escape(f"unipool {unipool.__version__}"),
     )
+    return document(title, body)
 
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
-  max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; }}
-th, td {{ padding: 0.3rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; }}
-th {{ vertical-align: bottom; }}
-th:first-child, td:first-child {{ text-align: left; }}
-td {{ font-variant-numeric: tabular-nums; }}
-img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
-footer {{ color: #666; font-size: 0.85rem; margin-top: 2rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{notes}<h2>Layers</h2>
+_BODY = """{notes}<h2>Layers</h2>
 {layers}<p>Dead: experts without a single token of this text. Silent tokens: all their scores are
 zero, which only a NormRouter can do; the load counts them for the experts of lowest id. Layers are
 compared below by the experts with a weight above zero.</p>
 <h2>Pools</h2>
 {pools}<h2>Across layers</h2>
 {cross}{sections}<footer>{version}</footer>
-</body>
-</html>
 """

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots and a self-contained HTML page of a comparison of runs (the schema of metrics.json)."""
 
-import base64
 import html
-import io
 import re
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from unipool.training.checkpoint import write_text
+from unipool.training.page import document, image, png
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
@@ -107,23 +106,12 @@ def write_report(folder: Path, title: str, notes: list[str], metrics: dict, samp
             figures["load-" + re.sub(r"[^a-z0-9]+", "-", run["name"].lower())] = load_figure(run)
     images = []
     for name, figure in figures.items():
-        png = _png(figure)
-        (folder / f"{name}.png").write_bytes(png)
-        images.append(_image(name, png))
+        picture = png(figure)
+        (folder / f"{name}.png").write_bytes(picture)
+        images.append(image(name, picture))
     page = folder / "report.html"
     write_text(page, _page(title, notes, metrics, images, samples))
     return page
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
-def _image(name: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
 
 
 def _page(title: str, notes: list[str], metrics: dict, images: list[str], samples: dict) -> str:
@@ -137,8 +125,7 @@ def _page(title: str, notes: list[str], metrics: dict, images: list[str], sample
         for name, text in samples.items()
     )
     versions = f"unipool {metrics['unipool']}, PyTorch {metrics['torch']}, seed {metrics['seed']}"
-    return _TEMPLATE.format(
-        title=html.escape(title),
+    text = _BODY.format(
         notes="".join(f"<p>{html.escape(note)}</p>\n" for note in notes),
         head=head,
         body=body,
@@ -147,32 +134,10 @@ def _page(title: str, notes: list[str], metrics: dict, images: list[str], sample
         texts=texts,
         versions=html.escape(versions),
     )
+    return document(title, text)
 
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.9rem; }}
-th, td {{ padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }}
-th {{ vertical-align: bottom; }}
-th:first-child, td:first-child {{ text-align: left; white-space: nowrap; }}
-td {{ font-variant-numeric: tabular-nums; }}
-img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
-pre {{ background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }}
-footer {{ color: #666; font-size: 0.85rem; margin-top: 2rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{notes}<h2>Results</h2>
+_BODY = """{notes}<h2>Results</h2>
 <div class="wide"><table>
 <thead><tr>{head}</tr></thead>
 <tbody>
@@ -187,6 +152,4 @@ NormRouter, a token that scores zero for every expert counts for expert 0, with 
 {loads}
 <h2>Generated text</h2>
 {texts}<footer>{versions}</footer>
-</body>
-</html>
 """

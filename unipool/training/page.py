@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pages with pictures are made of: one file that needs nothing beside it."""
+
+import base64
+import html
+import io
+
+from matplotlib.figure import Figure
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+  max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th { vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }
+footer { color: #666; font-size: 0.85rem; margin-top: 2rem; }
+"""
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def image(name: str, data: bytes) -> str:
+    """An element that holds the picture itself."""
+    encoded = base64.b64encode(data).decode("ascii")
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{encoded}">'
+
+
+def document(title: str, body: str) -> str:
+    """body: HTML; title: text."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>
+{STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+{body}</body>
+</html>
+"""
