@@ -99,6 +99,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def outlives_its_group() -> list:
+    """Holds what DistributedDataParallel returned until all tests are done. The destructor of its
+    reducer may be the one that joins gloo's thread, which it does with Python's lock held; a thread
+    that is just then dropping finished work waits for that lock, and both wait for ever."""
+    return []
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fills fresh memory with NaN (floats) or the greatest value (integers), so that an element

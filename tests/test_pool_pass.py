@@ -370,12 +370,16 @@ def test_bad_arguments():
 # --- two processes
 
 
+_OUTLIVES_ITS_GROUP: list = []  # see the fixture of this name in conftest.py
+
+
 def _worker(rank: int, world: int, port: int, mode: str, results: mp.Queue) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
         model = DistributedDataParallel(Stack(mode))
+        _OUTLIVES_ITS_GROUP.append(model)
         loss_of(model(inputs(2 + rank))).backward()
         if rank == 0:
             results.put({name: p.grad.numpy() for name, p in model.module.named_parameters()})
@@ -395,7 +399,9 @@ def test_distributed_data_parallel_averages_the_gradients(mode):
     context = mp.get_context("spawn")
     results = context.Queue()
     arguments = (2, _free_port(), mode, results)
-    workers = [context.Process(target=_worker, args=(rank, *arguments)) for rank in range(2)]
+    workers = [
+        context.Process(target=_worker, args=(rank, *arguments), daemon=True) for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     got = {name: torch.from_numpy(g) for name, g in results.get(timeout=120).items()}
