@@ -11,7 +11,6 @@ uniform and given; operands are bfloat16. --device cpu runs everything once on a
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from bench_kernels import time_on_gpu
 from bench_ops import grouped_mm_layer
-from harness import Timing, interleave, relative_error, write_json
+from harness import Timing, interleave, relative_error, require_device, write_json
 from tile_efficiency import Shape, as_pass, layer_products, wgrad_products
 from torch import Tensor
 from torch.nn import functional as F
@@ -217,14 +216,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--runs", type=int, default=50, help="counted runs of a call")
     arguments = parser.parse_args()
+    require_device(arguments.device)
     if arguments.device == "cpu":
         results = [bench(SMALL, arguments.runs, "cpu", compiler="eager")]
-    elif torch.cuda.is_available():
+    else:
         print(torch.cuda.get_device_name())
         results = [bench(shape, arguments.runs, "cuda") for shape in SHAPES]
-    else:
-        print("bench_experts: needs an NVIDIA GPU and a CUDA torch, found none")
-        sys.exit(2)
     short = [p for r in results for p in r["products"] if p["verdict"] == "short"]
     count = sum(len(r["products"]) for r in results)
     print(f"\n{count} passes timed, {len(short)} fall short of their floor")

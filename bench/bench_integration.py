@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from harness import Timing, as_result, interleave, require_close, write_json
+from harness import Timing, as_result, interleave, require_close, require_device, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each way")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
+    require_device(arguments.device)
     results = []
     for name in arguments.model:
         for dtype_name in arguments.dtype:

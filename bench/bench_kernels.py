@@ -13,14 +13,13 @@ op is compared with the CPU, at fewer tokens, before anything is timed.
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import Timing, environment, require_close
+from harness import Timing, environment, require_close, require_device
 from torch import Tensor
 
 TOKENS, WIDTH, CHECK_TOKENS = 65536, 1024, 512
@@ -307,9 +306,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.runs < 50:
         parser.error(f"--runs must be at least 50, got {arguments.runs}")
-    if not torch.cuda.is_available():
-        print("bench_kernels: needs an NVIDIA GPU and a CUDA torch, found none")
-        sys.exit(2)
+    require_device("cuda")
     torch.manual_seed(0)
     copy_bandwidth = 2 * COPY_BYTES / copy_timing(2 * COPY_BYTES, arguments.runs).median
     gpu = torch.cuda.get_device_name()

@@ -5,8 +5,8 @@
 #   bench/gpu_check.sh OUT [--prebuilt DIR]
 #
 # Builds the ops (or, with --prebuilt, takes DIR/lib/libunipool_{cpu,cuda}.so and compiles nothing),
-# runs the op tests on cuda, compares the backends, times the kernels, one layer and the pool step,
-# and runs compute-sanitizer. JSON and logs go to OUT, summary.json says how each step ended. PYTHON names
+# runs the op tests on cuda, compares the backends, times the kernels, one layer, the pool step and
+# Hugging Face models, and runs compute-sanitizer. JSON and logs go to OUT, summary.json says how each step ended. PYTHON names
 # the Python to use, UNIPOOL_COMMIT the commit where there is no .git. Exit status: 0 if every step
 # passed or could not run here for want of a tool, 1 if one failed, 2 for a wrong call or no GPU.
 
@@ -104,6 +104,16 @@ pool_step() {
   step "pool_step_$1" 60 "$PYTHON" bench/pool_step.py --device cuda --layers 4 --tokens "$2" \
     --d-model "$3" --d-ff "$4" --experts "$5" --dtype bfloat16 --peers "${peers[@]}" \
     --json "$OUT/pool_step_$1.json"
+}
+
+# Hugging Face models at their published widths, in bfloat16.
+integration() {
+  if ! "$PYTHON" -c 'import transformers' 2>/dev/null; then
+    record integration "not run" 0 "transformers is not installed"
+    return
+  fi
+  step integration 60 "$PYTHON" bench/bench_integration.py --device cuda --widths full --layers 2 \
+    --tokens 8192 --dtype bfloat16 --json "$OUT/integration.json"
 }
 
 # --- summary
@@ -221,9 +231,10 @@ main() {
     step bench_experts 80 "$PYTHON" bench/bench_experts.py --json "$OUT/bench_experts.json"
     pool_step 182m 32768 768 3072 96
     pool_step 830m 8192 1024 4096 384
+    integration
     sanitize
   fi
-  for log in bench_kernels bench_experts pool_step_182m pool_step_830m; do
+  for log in bench_kernels bench_experts pool_step_182m pool_step_830m integration; do
     if [[ -f $OUT/$log.log ]]; then cat "$OUT/$log.log"; fi
   done
   write_summary || failed=1

@@ -27,7 +27,7 @@ from compare_backends import (
     differences,
     results_on,
 )
-from harness import write_json
+from harness import require_device, write_json
 
 NAMES = ("one_token", "ties", "ragged", "M_not_pow2", "dropped", "k_is_M", "pool_384", "pool_1024")
 EXPERT_NAMES = ("one_token", "ragged", "M_not_pow2", "dropped", "all_to_one_expert", "k_is_M")
@@ -81,9 +81,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="check which kernels ran")
     parser.add_argument("--json", type=Path, help="write names and launches to this file")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("gpu_smoke: needs an NVIDIA GPU and a CUDA torch, found none")
-        sys.exit(2)
+    require_device("cuda")
     activities = [torch.profiler.ProfilerActivity.CUDA]
     watch = torch.profiler.profile(activities=activities) if arguments.profile else nullcontext()
     with watch:

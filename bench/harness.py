@@ -4,6 +4,7 @@
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -40,6 +41,13 @@ def require_close(what: str, got: torch.Tensor, wanted: torch.Tensor, bound: flo
     error = relative_error(got, wanted)
     if not error <= bound:
         raise RuntimeError(f"{what}: relative error {error:.2e} exceeds {bound:.0e}, not timed")
+
+
+def require_device(device: str) -> None:
+    """Ends the program, with one line and exit status 2, unless this machine has `device`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"{Path(sys.argv[0]).stem}: needs an NVIDIA GPU and a CUDA torch, found none")
+        sys.exit(2)
 
 
 def synchronize(device: str) -> None:

@@ -24,7 +24,15 @@ from pathlib import Path
 
 import torch
 from bench_ops import grouped_mm_layer
-from harness import Timing, as_result, interleave, require_close, synchronize, write_json
+from harness import (
+    Timing,
+    as_result,
+    interleave,
+    require_close,
+    require_device,
+    synchronize,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -335,6 +343,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="counted runs of each way")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
+    require_device(arguments.device)
     results = []
     start = time.perf_counter()
     for dtype_name in arguments.dtype:

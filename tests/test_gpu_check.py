@@ -104,9 +104,18 @@ def test_steps_and_summary(tmp_path: Path) -> None:
 
 
 @without_gpu
-@pytest.mark.parametrize("name", ["bench_kernels", "bench_experts", "gpu_smoke"])
-def test_parts_say_that_they_need_a_gpu(name: str) -> None:
-    command = [sys.executable, ROOT / "bench" / f"{name}.py"]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bench_kernels", []),
+        ("bench_experts", []),
+        ("gpu_smoke", []),
+        ("bench_integration", ["--device", "cuda"]),
+        ("pool_step", ["--device", "cuda"]),
+    ],
+)
+def test_parts_say_that_they_need_a_gpu(name: str, options: list[str]) -> None:
+    command = [sys.executable, ROOT / "bench" / f"{name}.py", *options]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stdout == f"{name}: needs an NVIDIA GPU and a CUDA torch, found none\n"
