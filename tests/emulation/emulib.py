@@ -3,6 +3,7 @@
 
 import ctypes
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,26 @@ def sample_library(name: str, flavour: str, *, cute: bool = False) -> "Lib":
     """One of the sample kernels that keep the emulator itself honest."""
     source = build.kernel_source(KERNELS / f"{name}.cu", flavour, cute=cute, extra=("-w",))
     return Lib(build.library(name, [source], flavour))
+
+
+def read_source(name: str) -> str:
+    return (build.CSRC / name).read_text()
+
+
+def with_headers(
+    source: str, header: re.Pattern[str], read: Callable[[str], str] = read_source
+) -> str:
+    """A source with the headers that `header` matches (group 1 their names) in place, once each:
+    what faults are planted in."""
+    seen: set[str] = set()
+
+    def inline(match: re.Match[str]) -> str:
+        if match.group(1) in seen:
+            return ""
+        seen.add(match.group(1))
+        return header.sub(inline, read(match.group(1)).replace("#pragma once\n", ""))
+
+    return header.sub(inline, read(source))
 
 
 # How threads and blocks are ordered, when asynchronous copies land, seed.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from emulib import SCHEDULES, LaunchError, Lib, build
+from emulib import SCHEDULES, LaunchError, Lib, build, with_headers
 from gemm_launchers import TILES, GemmLaunchers, Segment
 
 ROWS, WGRAD = "cuda/grouped_mm.cu", "cuda/wgrad.cu"
@@ -116,16 +116,7 @@ CHECKS: dict[str, Callable[[GemmLaunchers], bool]] = {ROWS: _grouped_mm, WGRAD: 
 
 def _flatten(source: str) -> str:
     """A source with its gemm headers in place and without other includes, one instance only."""
-    seen: set[str] = set()
-
-    def inline(match: re.Match[str]) -> str:
-        if match.group(1) in seen:
-            return ""
-        seen.add(match.group(1))
-        return GEMM_HEADER.sub(inline, (build.CSRC / match.group(1)).read_text())
-
-    text = GEMM_HEADER.sub(inline, (build.CSRC / source).read_text())
-    text = re.sub(r"#(include|pragma once).*\n", "", text)
+    text = re.sub(r"#include.*\n", "", with_headers(source, GEMM_HEADER))
     text = re.sub(r" +case DType::k(Float16|Float32):\n +return [^;]*;\n", "", text)
     text = re.sub(r" +case kTile(16|32|128):\n +return [^;]*;\n", "", text)
     for unused in (

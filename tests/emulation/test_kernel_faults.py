@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import oracle
 import pytest
 import torch
-from emulib import SCHEDULES, LaunchError, Lib, build, launchers_library
+from emulib import SCHEDULES, LaunchError, Lib, launchers_library, with_headers
 from launchers import Launchers
 from torch import Tensor
 
@@ -149,16 +149,7 @@ CHECKS: dict[str, Check] = {
 
 def _flatten(source: str) -> str:
     """A source with its own device headers in place, for float32 only: what an edit is made in."""
-    seen: set[str] = set()
-
-    def inline(match: re.Match[str]) -> str:
-        if match.group(1) in seen:
-            return ""
-        seen.add(match.group(1))
-        text = (build.CSRC / match.group(1)).read_text().replace("#pragma once\n", "")
-        return OWN_HEADER.sub(inline, text)
-
-    text = OWN_HEADER.sub(inline, (build.CSRC / source).read_text())
+    text = with_headers(source, OWN_HEADER)
     return re.sub(r"    case DType::k(Float16|BFloat16):\n      return [^;]*;\n", "", text)
 
 

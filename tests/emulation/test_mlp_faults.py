@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from emulib import LaunchError, Lib, build
+from emulib import LaunchError, Lib, read_source, with_headers
 from mlp_launchers import AUTO_TILE, SOURCES, MlpLaunchers, mlp_library
 from test_emulated_mlp import (
     Case,
@@ -114,7 +114,7 @@ FAULTS = [
 
 
 def _planted(name: str) -> str:
-    text = (build.CSRC / name).read_text()
+    text = read_source(name)
     for number, fault in enumerate(FAULTS):
         if fault.file == name:
             text = fault.plant(text, number)
@@ -123,15 +123,7 @@ def _planted(name: str) -> str:
 
 def _flatten(source: str) -> str:
     """A source with the edited headers in place and instances for float32 only."""
-    seen: set[str] = set()
-
-    def inline(match: re.Match[str]) -> str:
-        if match.group(1) in seen:
-            return ""
-        seen.add(match.group(1))
-        return INLINED.sub(inline, _planted(match.group(1)).replace("#pragma once\n", ""))
-
-    text = INLINED.sub(inline, _planted(source))
+    text = with_headers(source, INLINED, _planted)
     return re.sub(r"    case DType::k(Float16|BFloat16):\n      return [^;]*;\n", "", text)
 
 
