@@ -4,8 +4,11 @@ this machine has; one that asks for `dtype` too, once for each dtype of the back
 `ragged-bf16-cpu`."""
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import emulated
 import pytest
@@ -68,6 +71,23 @@ def _share_cores() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Token files of the tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a few files of the standard library."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(sysconfig.get_path("stdlib"), "json").glob("*.py")):
+        shutil.copy(path, folder)
+    return folder
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tests of tiny tensors, whose threads would mostly wait for each other. What threads may
@@ -76,6 +96,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_scale(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """One thread, also in processes that the test starts: for models too small for more."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

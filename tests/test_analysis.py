@@ -6,9 +6,7 @@ import math
 import random
 import re
 import shutil
-import sysconfig
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,21 +36,9 @@ from unipool.training.checkpoint import MANIFEST, latest_checkpoint
 from unipool.training.errors import InputError
 from unipool.training.tokenizer import ByteTokenizer
 
+pytestmark = pytest.mark.usefixtures("small_scale")
+
 TOKENS, EXPERTS = 40, 5
-
-
-@pytest.fixture(autouse=True)
-def small_scale(tmp_path_factory, monkeypatch, one_thread):
-    monkeypatch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A folder with a few files of the standard library."""
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(sysconfig.get_path("stdlib"), "json").glob("*.py")):
-        shutil.copy(path, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +48,7 @@ def run(tmp_path_factory, text):
     arguments = ["--d-model", "32", "--d-ff", "16", "--layers", "3", "--heads", "2"]
     arguments += ["--pool-size", "6", "--top-k", "2", "--num-pools", "2", "--seq-len", "32"]
     arguments += ["--batch-size", "4", "--steps", "2", "--device", "cpu", "--eval-tokens", "64"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        assert cli.main(["train", *arguments, "--data", str(text), "--out", str(out)]) == 0
+    assert cli.main(["train", *arguments, "--data", str(text), "--out", str(out)]) == 0
     return out
 
 

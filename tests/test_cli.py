@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
@@ -21,21 +20,12 @@ from unipool.training.callbacks import read_metrics
 from unipool.training.checkpoint import latest_checkpoint
 from unipool.training.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("small_scale")
+
 SMALL = [
     *("--d-model", "32", "--d-ff", "32", "--layers", "2", "--heads", "2", "--pool-size", "4"),
     *("--seq-len", "32", "--batch-size", "4", "--eval-tokens", "256", "--device", "cpu"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def small_scale(tmp_path_factory, monkeypatch):
-    """A cache of its own, and one thread: these models are too small for more."""
-    monkeypatch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+import small_models
+from small_models import make_ids
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -14,7 +16,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from unipool.models import UniPoolConfig, UniPoolForCausalLM, parameter_counts
+from unipool.models import UniPoolForCausalLM, parameter_counts
 from unipool.models.convert import (
     check_mixtral,
     from_mixtral,
@@ -25,19 +27,6 @@ from unipool.models.convert import (
 from unipool.models.resize import expert_mask, set_layer_experts
 from unipool.nn.router import norm_router_calibration
 
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "balance_coefficient": 0.1,
-    "num_pools": 4,
-}
 SOURCES = {
     "softmax": {"router": "softmax", "balance": "layer", "balance_delay": 0},
     "softmax-renormalized": {"router": "softmax", "balance": "layer", "norm_topk_prob": True},
@@ -63,22 +52,16 @@ MIXTRAL = {
 }
 
 
-def make_model(**overrides) -> UniPoolForCausalLM:
+def make_model(**options) -> UniPoolForCausalLM:
     """A model that has seen one micro-batch, so that its balance losses have a state."""
-    torch.manual_seed(0)
-    model = UniPoolForCausalLM(UniPoolConfig(**(SHAPE | overrides)))
+    model = small_models.make_model(**({"num_experts": 6, "num_pools": 4} | options))
     model.train()(make_ids(seed=3))
     return model.eval()
 
 
-def make_mixtral(**overrides) -> MixtralForCausalLM:
+def make_mixtral(**options) -> MixtralForCausalLM:
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**(MIXTRAL | overrides))).eval()
-
-
-def make_ids(*shape, seed=1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, 64, shape or (3, 11), generator=generator)
+    return MixtralForCausalLM(MixtralConfig(**(MIXTRAL | options))).eval()
 
 
 def logits(model) -> torch.Tensor:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from small_models import SHAPE, make_ids, make_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -21,19 +22,6 @@ from unipool.models import (
 )
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    # Far from the default 0.01: at that scale all logits are alike and an error would not show.
-    "initializer_range": 0.2,
-    "balance_coefficient": 0.1,
-}
 NORM = {"router": "norm", "balance": "pool"}
 VANILLA = {"router": "softmax", "num_pools": 4, "balance": "layer", "balance_delay": 0}
 RECURRENT = {"router": "recurrent", "router_state_size": 12}
@@ -49,17 +37,6 @@ FORMS = {
 @pytest.fixture(params=DEVICES)
 def device(request):
     return torch.device(request.param)
-
-
-def make_model(**overrides) -> UniPoolForCausalLM:
-    torch.manual_seed(0)
-    return UniPoolForCausalLM(UniPoolConfig(**(SHAPE | overrides)))
-
-
-def make_ids(*shape, seed=1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    # 0 is left to padding, which generation tells from the prompt by its id.
-    return torch.randint(1, SHAPE["vocab_size"], shape, generator=generator)
 
 
 def states(model) -> list[torch.Tensor]:

@@ -31,7 +31,7 @@ def count(config) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [*SCALES, "tiny"])
+@pytest.mark.parametrize("name", [*SCALES, "tiny", "small"])
 def test_parameter_counts_are_those_of_the_model(name, form):
     config = preset(name, form)
     assert parameter_counts(config) == count(config)
@@ -89,7 +89,7 @@ def test_scales_are_those_of_the_paper(name):
 
 
 def test_names_and_forms():
-    assert preset_names() == (*SCALES, "tiny")
+    assert preset_names() == (*SCALES, "tiny", "small")
     assert isinstance(preset("tiny"), UniPoolConfig)
     assert preset("tiny", "dense").model_type == "llama"
 

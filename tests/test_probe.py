@@ -25,12 +25,9 @@ from unipool.training.checkpoint import latest_checkpoint
 from unipool.training.errors import InputError
 from unipool.training.tokenizer import ByteTokenizer
 
+pytestmark = pytest.mark.usefixtures("small_scale")
+
 STDLIB = Path(sysconfig.get_path("stdlib"))
-
-
-@pytest.fixture(autouse=True)
-def small_scale(tmp_path_factory, monkeypatch, one_thread):
-    monkeypatch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def real_text(tokens=4096, length=64):

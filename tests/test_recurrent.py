@@ -351,6 +351,8 @@ def test_bad_arguments_give_one_line(build, message):
 
 pytest.importorskip("transformers")
 
+from small_models import SHAPE, make_ids, make_model  # noqa: E402
+
 from unipool.models import (  # noqa: E402
     UniPoolConfig,
     UniPoolForCausalLM,
@@ -358,29 +360,11 @@ from unipool.models import (  # noqa: E402
     preset,
 )
 
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "balance_coefficient": 0.1,
-    "router": "recurrent",
-    "router_state_size": 12,
-}
+OPTIONS = {"router": "recurrent", "router_state_size": 12}
 
 
-def make_model(**overrides) -> UniPoolForCausalLM:
-    torch.manual_seed(0)
-    return UniPoolForCausalLM(UniPoolConfig(**(SHAPE | overrides))).train()
-
-
-def make_ids(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randint(1, 64, shape, generator=seeded(seed))
+def make_recurrent(**options) -> UniPoolForCausalLM:
+    return make_model(**(OPTIONS | options)).train()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -411,7 +395,7 @@ def use_transcription(model: UniPoolForCausalLM) -> None:
 @pytest.mark.parametrize("kind", ["softmax", "norm"])
 def test_model_equals_the_transcription_in_float64(kind, num_pools):
     options = {"router_scoring": kind, "num_pools": num_pools, "balance_delay": 0}
-    model, twin = (make_model(**options).double() for _ in range(2))
+    model, twin = (make_recurrent(**options).double() for _ in range(2))
     use_transcription(twin)
     ids = make_ids(2, 6)
     output, due = model(ids, labels=ids), twin(ids, labels=ids)
@@ -432,7 +416,7 @@ def test_model_equals_the_transcription_in_float64(kind, num_pools):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradient_checkpointing_changes_nothing(reentrant, kind, padding):
-    model, twin = (make_model(router_scoring=kind) for _ in range(2))
+    model, twin = (make_recurrent(router_scoring=kind) for _ in range(2))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     calls = []
     for layer in model.model.layers:
@@ -455,7 +439,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, kind, padding):
 
 
 def test_padding_has_no_part_in_the_recurrence():
-    model = make_model(balance_delay=0)
+    model = make_recurrent(balance_delay=0)
     first, second = make_ids(1, 4), make_ids(1, 6, seed=2)
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, 4:] = 0
@@ -467,7 +451,7 @@ def test_padding_has_no_part_in_the_recurrence():
 
 
 def test_under_autocast_the_model_routes_in_float32():
-    model = make_model()
+    model = make_recurrent()
     cells = []
     model.model.layers[2].router.register_forward_hook(lambda *a: cells.append(a[2][1]))
     ids = make_ids(2, 6)
@@ -480,7 +464,7 @@ def test_under_autocast_the_model_routes_in_float32():
 
 
 def test_one_cell_for_all_pools_is_saved_once(tmp_path):
-    model = make_model(num_pools=4, router_scoring="norm", num_experts_per_tok=1)
+    model = make_recurrent(num_pools=4, router_scoring="norm", num_experts_per_tok=1)
     model.save_pretrained(tmp_path)
     cells = [name for name in model.state_dict() if "cell" in name]
     assert cells == [f"model.router_cell.{name}" for name in GRU]
@@ -513,11 +497,11 @@ def test_model_starts_with_its_own_spread():
 
 
 def test_sizes_and_scores_by_default():
-    config = UniPoolConfig(**(SHAPE | {"router_state_size": None}))
+    config = UniPoolConfig(**(SHAPE | OPTIONS | {"router_state_size": None}))
     assert (config.router_state_size, config.router_scoring) == (32, "softmax")
     wide = preset("182m", router="recurrent")
     assert wide.router_state_size == 256
-    norm = UniPoolConfig(**(SHAPE | {"router": "norm", "router_state_size": None}))
+    norm = UniPoolConfig(**SHAPE)
     assert norm.router_state_size is norm.router_scoring is None
 
 

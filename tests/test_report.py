@@ -61,7 +61,6 @@ def small_demo(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small for more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.setattr(demo, "_SHAPE", demo._SHAPE | {"d_model": 32, "d_ff": 32})
         patch.setattr(
             demo,

@@ -3,28 +3,19 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from unipool.models import UniPoolConfig, UniPoolForCausalLM
+from small_models import make_ids, make_model
+
+from unipool.models import UniPoolForCausalLM
 from unipool.models.resize import expert_mask, measure_load, resize_pool, set_layer_experts
 from unipool.nn.router import norm_router_calibration
 
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "balance_coefficient": 0.1,
-}
 FORMS = {
     "norm": {},
     "norm-top1": {"num_experts_per_tok": 1},
@@ -36,14 +27,9 @@ FORMS = {
 }
 
 
-def make_ids(seed=1) -> torch.Tensor:
-    return torch.randint(1, 64, (3, 11), generator=torch.Generator().manual_seed(seed))
-
-
 def make_trained(**overrides):
     """A model and its AdamW after two steps, so that moments and balance state are not zero."""
-    torch.manual_seed(0)
-    model = UniPoolForCausalLM(UniPoolConfig(**(SHAPE | overrides))).train()
+    model = make_model(**({"num_experts": 6} | overrides)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for seed in range(2):
         train_step(model, optimizer, seed)
@@ -51,7 +37,7 @@ def make_trained(**overrides):
 
 
 def train_step(model, optimizer, seed):
-    ids = make_ids(seed)
+    ids = make_ids(seed=seed)
     optimizer.zero_grad()
     loss = model(ids, labels=ids).loss
     loss.backward()
@@ -192,7 +178,7 @@ def test_hidden_drawn_experts_change_nothing(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_least_loaded_experts_are_dropped(form):
     model, optimizer = make_trained(**FORMS[form])
-    load = measure_load(model, [make_ids(4), make_ids(5)])
+    load = measure_load(model, [make_ids(seed=4), make_ids(seed=5)])
     assert load.sum(1).tolist() == [2 * 33 * model.config.num_experts_per_tok] * 4
     weights = [pool.down_proj.detach().clone() for pool in model.model.pools]
     rows = [layer.router.weight.detach().clone() for layer in model.model.layers]
@@ -272,7 +258,7 @@ def test_the_step_after_resizing_is_adamw_with_the_carried_moments(size, argumen
             for key in ("exp_avg", "exp_avg_sq"):
                 expected = due if source < 0 else state[key][source]
                 assert torch.equal(carried[key][new], expected)
-    ids = make_ids(6)
+    ids = make_ids(seed=6)
     optimizer.zero_grad()
     model.train()(ids, labels=ids).loss.backward()
     group = optimizer.param_groups[0]
@@ -395,7 +381,7 @@ def test_what_cannot_be_is_one_clear_line_and_changes_nothing(arguments, message
 
 
 def test_other_refusals():
-    fresh = UniPoolForCausalLM(UniPoolConfig(**SHAPE))
+    fresh = make_model(num_experts=6)
     with pytest.raises(ValueError, match="load must be given, or experts"):
         resize_pool(fresh, 8)
     with pytest.raises(TypeError, match="must be a UniPoolForCausalLM, got Linear"):
@@ -412,13 +398,12 @@ def test_other_refusals():
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
+def checkpoint(tmp_path):
     """A checkpoint of `unipool train`, with its optimizer."""
     pytest.importorskip("typer")
     from unipool import cli
     from unipool.training.checkpoint import latest_checkpoint
 
-    monkeypatch.setenv("UNIPOOL_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(300)))
     sizes = "--d-model 32 --d-ff 32 --layers 2 --heads 2 --pool-size 4 --seq-len 32 --batch-size 4"
@@ -446,6 +431,30 @@ def test_command_resizes_a_checkpoint_with_its_optimizer(checkpoint, tmp_path, c
     assert torch.equal(new["exp_avg"], old["exp_avg"][[0, 1, 2, 3, 1, 3]])
     assert new["exp_avg"].abs().max() > 0
     assert new["step"] == 3
+
+
+def test_a_run_goes_on_from_a_resized_checkpoint(checkpoint, tmp_path, capsys):
+    """The run's options still say four experts; what counts is the checkpoint's model."""
+    from unipool import cli
+    from unipool.training.callbacks import read_metrics
+
+    run, grown = checkpoint.parent.parent, tmp_path / "grown"
+    resized = grown / "checkpoints" / checkpoint.name
+    resized.parent.mkdir(parents=True)
+    for name in ("config.json", "data.key", "metrics.jsonl"):
+        shutil.copy2(run / name, grown / name)
+    assert cli.main(["resize", str(checkpoint), str(resized), "--experts", "6"]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "--out", str(grown), "--steps", "8"]) == 0
+    assert "from step 3" in capsys.readouterr().out
+    assert read_metrics(grown / "metrics.jsonl")[-1]["step"] == 8
+    before, after = (UniPoolForCausalLM.from_pretrained(p) for p in (resized, grown / "model"))
+    assert after.config.num_experts == 6
+    old, new = (m.model.pools[0].down_proj.detach() for m in (before, after))
+    assert new.shape == (6, 32, 32)
+    assert not torch.equal(new, old)
+    saved = torch.load(grown / "checkpoints" / "step-8" / "optimizer.pt")["state"]
+    assert {state["step"].item() for state in saved.values()} == {8.0}
 
 
 def test_command_drops_by_a_load_from_a_file(checkpoint, tmp_path, capsys):

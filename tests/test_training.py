@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,25 +42,7 @@ from unipool.training.generate import generate_text, load_model
 from unipool.training.run import run_training
 from unipool.training.trainer import PoolTrainer
 
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A folder with a few files of the standard library."""
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(sysconfig.get_path("stdlib"), "json").glob("*.py")):
-        shutil.copy(path, folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def small_scale(tmp_path_factory, monkeypatch):
-    """A cache of its own, and one thread: these models are too small for more."""
-    monkeypatch.setenv("UNIPOOL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("small_scale")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `unipool` command: train, demo, generate, probe, analyze, convert, resize, doctor.
+"""The `unipool` command: train, compare, demo, generate, probe, analyze, convert, resize,
+doctor.
 
 Bad input is one line on stderr and exit code 2; a run that had to stop is one line and exit code 1;
 a run that a signal stopped exits with 128 + the signal's number.
@@ -58,6 +59,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 if typer is not None:
     from unipool.analysis.commands import analyze, probe
+    from unipool.compare.commands import compare
     from unipool.training.config import TrainConfig
     from unipool.training.rewrite_commands import convert, resize
 
@@ -201,6 +203,8 @@ if typer is not None:
             if name in names and ctx.get_parameter_source(name).name == "COMMANDLINE"
         }
         _train(given, resume)
+
+    app.command()(compare)
 
     @app.command()
     def demo(

@@ -8,15 +8,10 @@ from matplotlib.ticker import MaxNLocator
 
 from unipool.analysis.probe import Probe
 from unipool.analysis.summary import Analysis
+from unipool.training.page import COLORS, PLOT
 
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+_BLUE, _ORANGE, _GREEN = COLORS[:3]
+_STYLE = PLOT | {"axes.grid": False}
 
 
 def analysis_figures(analysis: Analysis) -> dict[str, Figure]:

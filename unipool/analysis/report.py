@@ -11,7 +11,7 @@ import unipool
 from unipool.analysis.figures import analysis_figures
 from unipool.analysis.summary import Analysis
 from unipool.training.checkpoint import write_text
-from unipool.training.page import document, image, png
+from unipool.training.page import document, image, paragraphs, png, table
 
 _LAYER_COLUMNS = (
     ("layer", "layer", "{}"),
@@ -96,21 +96,12 @@ def _section(name: str, picture: bytes) -> str:
 def _cell(value, form: str) -> str:
     if isinstance(value, list):
         value = ", ".join(map(str, value))
-    return "–" if value is None else html.escape(form.format(value))
+    return "–" if value is None else form.format(value)
 
 
 def _table(columns: tuple, rows: list[dict]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{_cell(row[key], form)}</td>" for _, key, form in columns)
-        + "</tr>\n"
-        for row in rows
-    )
-    return (
-        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}</tbody>\n</table></div>\n"
-    )
+    names = [name for name, _, _ in columns]
+    return table(names, [[_cell(row[key], form) for _, key, form in columns] for row in rows])
 
 
 def _cross_layer_rows(cross: dict) -> list[dict]:
@@ -128,7 +119,7 @@ def _page(numbers: dict, title: str, notes: list[str], sections: list[str]) -> s
         ("tokens shuffled", "shuffled", "{:.4f}"),
     )
     body = _BODY.format(
-        notes="".join(f"<p>{html.escape(note)}</p>\n" for note in notes),
+        notes=paragraphs(notes),
         layers=_table(_LAYER_COLUMNS, numbers["layers"]),
         pools=_table(_POOL_COLUMNS, numbers["pools"]),
         cross=_table(cross_columns, _cross_layer_rows(numbers["cross_layer"])),

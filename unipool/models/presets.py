@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The five scales of arXiv:2605.06665 and a tiny one, each as a dense, a layer-private and a
+"""The five scales of arXiv:2605.06665 and two small ones, each as a dense, a layer-private and a
 shared-pool model of equal depth, width and active size; and the counting of parameters."""
 
 from dataclasses import dataclass, fields
@@ -30,7 +30,9 @@ _SCALES = {
     "650m": _Scale(1024, 4096, 36, 16, 288, 8, 2e-2),
     "830m": _Scale(1024, 4096, 48, 16, 384, 8, 2e-2),
     "978m": _Scale(1536, 6144, 24, 16, 192, 8, 2e-2),
-    "tiny": _Scale(64, 128, 4, 4, 16, 4, 1e-2, vocab_size=256),  # reads bytes
+    # These read bytes.
+    "tiny": _Scale(64, 128, 4, 4, 16, 4, 1e-2, vocab_size=256),
+    "small": _Scale(128, 256, 6, 4, 48, 8, 1e-2, vocab_size=256),
 }
 
 

@@ -4,6 +4,7 @@
 import base64
 import html
 import io
+from collections.abc import Iterable, Sequence
 
 from matplotlib.figure import Figure
 
@@ -21,6 +22,18 @@ pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem
 footer { color: #666; font-size: 0.85rem; margin-top: 2rem; }
 """
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+PLOT = {  # matplotlib's settings for every picture
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "none",
+}
+
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
@@ -32,6 +45,23 @@ def image(name: str, data: bytes) -> str:
     """An element that holds the picture itself."""
     encoded = base64.b64encode(data).decode("ascii")
     return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{encoded}">'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells: text."""
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table>\n<thead><tr>{names}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table></div>\n"
+    )
+
+
+def paragraphs(texts: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(text)}</p>\n" for text in texts)
 
 
 def document(title: str, body: str) -> str:

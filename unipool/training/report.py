@@ -11,20 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from unipool.training.checkpoint import write_text
-from unipool.training.page import document, image, png
+from unipool.training.page import COLORS, PLOT, document, image, paragraphs, png, table
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
-_PLOT = {
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "svg.fonttype": "none",
-}
 COLUMNS = (
     ("model", "name", "{}"),
     ("pools", "num_pools", "{:,}"),
@@ -48,13 +37,13 @@ def table_rows(runs: list[dict]) -> list[list[str]]:
 
 def loss_figure(runs: list[dict]) -> Figure:
     """Training loss against the step, one line a run, and the final validation loss as a marker."""
-    with matplotlib.rc_context(_PLOT):
+    with matplotlib.rc_context(PLOT):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         shown = []
         for index, run in enumerate(runs):
             points = np.array([p for p in run["train_loss"] if np.isfinite(p[1])]).reshape(-1, 2)
-            color, style = _COLORS[index % len(_COLORS)], _STYLES[index % len(_STYLES)]
+            color, style = COLORS[index % len(COLORS)], _STYLES[index % len(_STYLES)]
             axes.plot(*points.T, color=color, linestyle=style, linewidth=1.8, label=run["name"])
             last = points[-1, 0] if len(points) else 0
             axes.plot(last, run["val_loss"], "o", color=color, markeredgecolor="white")
@@ -76,7 +65,7 @@ def load_figure(run: dict) -> Figure:
     load = np.asarray(run["load"], dtype=float)
     layers, experts = load.shape
     relative = load * experts
-    with matplotlib.rc_context({**_PLOT, "axes.grid": False}):
+    with matplotlib.rc_context({**PLOT, "axes.grid": False}):
         figure = Figure(figsize=(8, 1.6 + 0.34 * max(layers, 3)), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(
@@ -115,20 +104,14 @@ def write_report(folder: Path, title: str, notes: list[str], metrics: dict, samp
 
 
 def _page(title: str, notes: list[str], metrics: dict, images: list[str], samples: dict) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in table_rows(metrics["runs"])
-    )
     texts = "".join(
         f"<h3>{html.escape(name)}</h3>\n<pre>{html.escape(text)}</pre>\n"
         for name, text in samples.items()
     )
     versions = f"unipool {metrics['unipool']}, PyTorch {metrics['torch']}, seed {metrics['seed']}"
     text = _BODY.format(
-        notes="".join(f"<p>{html.escape(note)}</p>\n" for note in notes),
-        head=head,
-        body=body,
+        notes=paragraphs(notes),
+        table=table([name for name, _, _ in COLUMNS], table_rows(metrics["runs"])),
         loss=images[0],
         loads="\n".join(images[1:]),
         texts=texts,
@@ -138,12 +121,7 @@ def _page(title: str, notes: list[str], metrics: dict, images: list[str], sample
 
 
 _BODY = """{notes}<h2>Results</h2>
-<div class="wide"><table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}</tbody>
-</table></div>
-<h2>Loss</h2>
+{table}<h2>Loss</h2>
 {loss}
 <h2>Expert load</h2>
 <p>Each row is a layer, each column an expert of the pool that the layer draws on; the colour is the

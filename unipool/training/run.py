@@ -76,10 +76,10 @@ def run_training(
     out = Path(config.out)
     device = resolve_device(config.device)
     if not resume:
-        _check_new(out)
-    data, tokenizer = _load_data(config, out)
+        check_new(out)
+    data, tokenizer = open_data(config, out)
     model_config = config.model_config(data.vocab_size, data.separator)
-    with _locked(out):
+    with locked(out):
         checkpoint = _prepare_folder(config, out, data, resume, console)
         if checkpoint is not None:  # its pool may have been resized since the run began
             model_config = AutoConfig.from_pretrained(checkpoint)
@@ -114,7 +114,8 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
         display.close()
 
 
-def _load_data(config: TrainConfig, out: Path):
+def open_data(config: TrainConfig, out: Path):
+    """(TokenData, tokenizer) of a run into `out`; InputError if the text is not long enough."""
     tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else None)
     options = {
         "field": config.field,
@@ -122,15 +123,18 @@ def _load_data(config: TrainConfig, out: Path):
         "val_fraction": config.val_fraction,
     }
     paths = [Path(path) for path in config.data]
-    cache = default_cache()
-    if not _writable(cache):
-        cache = out / ".cache"
     try:
-        data = load_data(paths, tokenizer, cache=cache, **options)
+        data = load_data(paths, tokenizer, cache=data_cache(out), **options)
     except OSError as error:
         raise InputError(f"data: cannot write token files: {error}") from error
     check_length(data, config.seq_len, ", ".join(config.data) or "the standard library's source")
     return data, tokenizer
+
+
+def data_cache(out: Path) -> Path:
+    """The user's cache, or a folder of the run where that cannot be written to."""
+    cache = default_cache()
+    return cache if _writable(cache) else out / ".cache"
 
 
 def _writable(folder: Path) -> bool:
@@ -141,19 +145,20 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _check_new(out: Path) -> None:
+def check_new(out: Path, marker: str = "config.json", what: str = "run") -> None:
+    """InputError unless `out` is free; `marker` is the file that tells a run, or another thing."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file")
-    if (out / "config.json").exists():
+    if (out / marker).exists():
         raise InputError(
-            f"--out {out} already holds a run: add --resume to go on, or choose another folder"
+            f"--out {out} already holds a {what}: add --resume to go on, or choose another folder"
         )
     if out.is_dir() and any(p for p in out.iterdir() if not p.name.startswith(".")):
-        raise InputError(f"--out {out} is not empty and holds no run: choose another folder")
+        raise InputError(f"--out {out} is not empty and holds no {what}: choose another folder")
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Keeps a second process out of the folder; the lock goes away with its process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -183,6 +188,7 @@ def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -
         if checkpoint is not None and step_of(checkpoint) > config.steps:
             raise InputError(f"--steps must be at least {step_of(checkpoint)}, got {config.steps}")
     try:
+        checkpoints.mkdir(exist_ok=True)
         write_text(key_file, data.key + "\n")
         write_text(out / "config.json", config.to_json())
     except OSError as error:

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the small models in tests, and ids for them."""
+
+import torch
+from torch import Tensor
+
+from unipool.models import UniPoolConfig, UniPoolForCausalLM
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    # Far from the default 0.01: at that scale all logits are alike and an error would not show.
+    "initializer_range": 0.2,
+    "balance_coefficient": 0.1,
+}
+
+
+def make_model(**options) -> UniPoolForCausalLM:
+    """Of SHAPE but for `options`; equal options mean equal weights."""
+    torch.manual_seed(0)
+    return UniPoolForCausalLM(UniPoolConfig(**(SHAPE | options)))
+
+
+def make_ids(*shape: int, seed: int = 1) -> Tensor:
+    """0 is left to padding, which generation tells from the prompt by its id."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, SHAPE["vocab_size"], shape or (3, 11), generator=generator)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runs of a sweep: a folder each, trained by `unipool train` in processes of their own, so that
+one that dies takes no other with it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+
+from unipool.compare.grid import Variant
+from unipool.training.callbacks import StopSignals, mean_rate, read_metrics
+from unipool.training.checkpoint import folder_fault, write_text
+from unipool.training.config import TrainConfig
+from unipool.training.errors import TrainingError
+
+COMMAND = (sys.executable, "-m", "unipool.cli", "train", "--resume", "--out")  # then the folder
+_POLL = 0.05  # seconds between two looks at the processes
+_LOG, _ERROR = "log.txt", "error.txt"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run: a variant with one seed."""
+
+    variant: Variant
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant.name} seed {self.config.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run measured.
+
+    val_loss in nats a token; train_loss: [step, nats a token] pairs; tokens_per_second: the mean.
+    """
+
+    val_loss: float
+    val_bits_per_byte: float
+    tokens_per_second: float | None
+    train_loss: list[list[float]]
+
+
+def outcome(member: Member) -> Outcome | None:
+    """The results of a run that is complete; None for one that is not, or was for fewer steps."""
+    rows = read_metrics(member.folder / "metrics.jsonl")
+    last = next((row for row in reversed(rows) if "val_loss" in row), None)
+    if last is None or last["step"] < member.config.steps:
+        return None
+    if folder_fault(member.folder / "model", checksums=False) is not None:
+        return None
+    steps = [row for row in rows if "lm_loss" in row]
+    return Outcome(
+        float(last["val_loss"]),
+        float(last["val_bits_per_byte"]),
+        mean_rate(steps),
+        [[row["step"], float(row["lm_loss"])] for row in steps],
+    )
+
+
+def failure(member: Member) -> str | None:
+    """Why the last try of a run failed, in one line; None if it did not."""
+    path = member.folder / _ERROR
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def run_members(members: list[Member], jobs: int, console: Console) -> int | None:
+    """Train what is not complete, `jobs` runs at a time; returns the signal that ended it, if any.
+
+    A run that fails leaves its reason in its folder, and the others go on. A signal stops every
+    run at its next step, with a checkpoint to go on from.
+    """
+    queue = [member for member in members if outcome(member) is None]
+    if done := len(members) - len(queue):
+        console.print(f"{done} of {len(members)} runs are complete", highlight=False)
+    running: dict[Member, _Child] = {}
+    with StopSignals() as signals:
+        try:
+            while (queue and signals.received is None) or running:
+                while queue and len(running) < jobs and signals.received is None:
+                    member = queue.pop(0)
+                    running[member] = _Child(member, jobs)
+                time.sleep(_POLL)
+                for member, child in list(running.items()):
+                    if signals.received is not None:
+                        child.stop()
+                    if child.ended():
+                        del running[member]
+                        if (told := child.conclude()) is not None:
+                            done += 1
+                            line = f"[{done}/{len(members)}] {member.title}: {told}"
+                            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        except OSError as error:
+            raise TrainingError(f"cannot write {error.filename}: {error.strerror}") from error
+        finally:
+            for child in running.values():
+                child.stop()
+    return signals.received
+
+
+class _Child:
+    """`unipool train` on one member's folder."""
+
+    def __init__(self, member: Member, jobs: int):
+        self._member = member
+        self._begin = time.monotonic()
+        self._stopped = False
+        _prepare(member)
+        self._log: IO = open(member.folder / _LOG, "w", encoding="utf-8")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [*COMMAND, str(member.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=_environment(jobs),
+            start_new_session=True,  # a terminal's Ctrl-C reaches it through `stop` only
+        )
+
+    def stop(self) -> None:
+        """Once: a second signal would not let it write its checkpoint."""
+        if not self._stopped:
+            self._stopped = True
+            self._process.send_signal(signal.SIGTERM)
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def conclude(self) -> str | None:
+        """Keep the reason of a failure; returns what to tell, None for a run that `stop` ended."""
+        self._log.close()
+        result = outcome(self._member)
+        if self._process.returncode == 0 and result is not None:
+            seconds = time.monotonic() - self._begin
+            return f"validation loss {result.val_loss:.4f} nats/token ({seconds:.0f} s)"
+        # -SIGTERM: it was told before it listened.
+        if self._stopped and self._process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
+            return None
+        reason = self._reason()
+        write_text(self._member.folder / _ERROR, reason + "\n")
+        return f"failed: {reason}"
+
+    def _reason(self) -> str:
+        code = self._process.returncode
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}; see {self._member.folder / _LOG}"
+        text = (self._member.folder / _LOG).read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return (lines[-1] if lines else f"exit status {code}").removeprefix("unipool: ")
+
+
+def _prepare(member: Member) -> None:
+    """A folder that `unipool train --resume` accepts, beginning anew where no run has begun."""
+    member.folder.mkdir(parents=True, exist_ok=True)
+    (member.folder / _ERROR).unlink(missing_ok=True)
+    shutil.rmtree(member.folder / "model", ignore_errors=True)  # of fewer steps
+    write_text(member.folder / "config.json", member.config.to_json())
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // jobs))} | os.environ

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results of a sweep on the terminal, and as results.json, table.md, pictures and a page."""
+
+import json
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from unipool.compare.figures import sweep_figures
+from unipool.training.checkpoint import write_text
+from unipool.training.page import document, image, paragraphs, png, table
+
+_HEAD = (
+    "model",
+    "pools × experts",
+    "k",
+    "expert parameters",
+    "active",
+    "validation loss (nats/token)",
+    "difference to vanilla",
+    "seeds",
+)
+_NOTES = (
+    "Mean ± standard deviation over seeds. A difference is taken seed by seed to the layer-private "
+    "model of the same granularity, whose runs had the same text, held-out text and order; "
+    "negative is better.",
+    "A model's name: its router, pools × experts a pool, experts a token (k), and its balance loss "
+    "with the micro-batch that the load is of (0: this one, 1: the last).",
+)
+_FIGURES = {
+    "differences": "Difference to the layer-private model: mean, standard deviation and each seed",
+    "pools": "By the number of pools",
+    "pool-size": "By the size of one pool",
+    "loss": "Training loss, mean over seeds",
+}
+
+
+def with_spread(statistics: dict, form: str) -> str:
+    """`mean ± std` of {"mean", "std", "n"}; "–" without a value."""
+    if statistics["mean"] is None:
+        return "–"
+    text = format(statistics["mean"] + 0.0, form)  # + 0.0: no minus before zero
+    if statistics["std"] is None:
+        return text
+    return f"{text} ± {format(statistics['std'], form.lstrip('+'))}"
+
+
+def difference(entry: dict, form: str) -> str:
+    """As `with_spread`; nothing for a baseline, which would differ from itself."""
+    return "" if entry["name"] == entry["baseline"] else with_spread(entry["difference"], form)
+
+
+def rows(results: dict) -> list[list[str]]:
+    """Text of one row a model, in the order of the head."""
+    return [
+        [
+            entry["label"],
+            f"{entry['pools']} × {entry['pool_size']}",
+            str(entry["granularity"]),
+            f"{entry['params_expert'] / 1e6:.2f}M",
+            f"{entry['params_active'] / 1e6:.2f}M",
+            with_spread(entry["val_loss"], ".4f"),
+            difference(entry, "+.4f"),
+            f"{entry['val_loss']['n']}/{len(entry['runs'])}",
+        ]
+        for entry in results["variants"]
+    ]
+
+
+def failures(results: dict) -> list[str]:
+    """One line a run that failed."""
+    return [
+        f"{entry['label']} seed {run['seed']} failed: {run['reason']}"
+        for entry in results["variants"]
+        for run in entry["runs"]
+        if run["status"] == "failed"
+    ]
+
+
+def markdown(results: dict) -> str:
+    """The table in Markdown."""
+    lines = [_HEAD, ["---"] * len(_HEAD), *rows(results)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_results(folder: Path, results: dict) -> Path:
+    """Write results.json, table.md, the pictures and report.html; returns the page's path."""
+    folder = Path(folder)
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / "table.md", markdown(results))
+    sections = ""
+    for name, figure in sweep_figures(results).items():
+        picture = png(figure)
+        (folder / f"{name}.png").write_bytes(picture)
+        sections += f"<h2>{_FIGURES[name]}</h2>\n{image(name, picture)}\n"
+    page = folder / "report.html"
+    body = "<h2>Results</h2>\n" + table(_HEAD, rows(results)) + paragraphs(failures(results))
+    body += paragraphs([*_NOTES, budget(results)]) + sections
+    versions = f"unipool {results['unipool']}, PyTorch {results['torch']}"
+    write_text(page, document("Expert pools compared", f"{body}<footer>{versions}</footer>\n"))
+    return page
+
+
+def budget(results: dict) -> str:
+    """What every run had in common, in a sentence."""
+    o = results["options"]
+    sequences = o["batch_size"] * o.get("accumulate", 1)
+    tokens = o["steps"] * sequences * o["seq_len"]
+    text = ", ".join(o.get("data", ())) or "the source of Python's standard library"
+    return (
+        f"Scale {results['scale']}; each run: {o['steps']:,} steps of {sequences} sequences of "
+        f"{o['seq_len']} tokens ({tokens / 1e6:,.2f} M tokens) of {text}, learning rate "
+        f"{o['lr']:g} to {o['min_lr']:g}; seeds {', '.join(map(str, results['seeds']))}."
+    )
+
+
+def show(console: Console, results: dict, page: Path) -> None:
+    """The table, narrow enough for 80 columns, the failures and the place of the page."""
+    shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("model", "experts", "val loss (nats)", "to vanilla", "seeds"):
+        shown.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for entry, row in zip(results["variants"], rows(results), strict=True):
+        loss, to_vanilla = with_spread(entry["val_loss"], ".3f"), difference(entry, "+.3f")
+        shown.add_row(entry["label"], row[3], loss, to_vanilla, row[7])
+    console.print(shown)
+    for line in failures(results):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(budget(results), highlight=False)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
