@@ -51,7 +51,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "[2/3] installing PyTorch and the libraries (minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  'setuptools>=77' wheel cmake ninja pybind11 torch numpy \
-	  'transformers>=5.17' accelerate 'typer>=0.19' rich matplotlib safetensors \
+	  'transformers>=5.17' accelerate 'typer>=0.19' rich matplotlib safetensors 'lm-eval>=0.4.13' \
 	  pytest pytest-xdist pytest-timeout hypothesis psutil ruff clang-format nvtx
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass
 	@touch $@

@@ -40,14 +40,6 @@ TRAINING = ["--seq-len=32", "--batch-size=4", "--steps=6", "--eval-tokens=512", 
 SEEDS = (0, 3)
 
 
-def text_folder(folder: Path) -> Path:
-    folder.mkdir()
-    for i in range(12):
-        lines = "".join(f"{i * n} green bottles hanging on wall {n}\n" for n in range(40))
-        (folder / f"{i}.txt").write_text(lines)
-    return folder
-
-
 def model_config(variant: Variant, baseline: Baseline):
     return TrainConfig(**variant.options(baseline)).model_config(256, 0)
 
@@ -138,10 +130,9 @@ def test_the_balance_coefficient_is_that_of_the_loss():
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
+def sweep(tmp_path_factory, text):
     """The folder of a sweep of three models with two seeds, and its standard output."""
     root = tmp_path_factory.mktemp("compare")
-    text = text_folder(root / "text")
     command = [sys.executable, "-m", "unipool.cli", "compare", "--pools=1,2", "--jobs=2"]
     command += ["--seeds=0,3", f"--data={text}", f"--out={root / 'sweep'}", *TRAINING]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -458,8 +449,7 @@ def test_figures_show_axes_with_three_values_or_more(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, options, message):
-    text = text_folder(tmp_path / "text")
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, text, capsys, options, message):
     out = tmp_path / "out"
     given = options if "--resume" in options else [*options, f"--data={text}"]
     assert cli.main(["compare", *given, "--out", str(out)]) == 2

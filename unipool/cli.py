@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `unipool` command: train, compare, demo, generate, probe, analyze, convert, resize,
-doctor.
+"""The `unipool` command: train, compare, demo, generate, eval, probe, analyze, convert,
+resize, doctor.
 
 Bad input is one line on stderr and exit code 2; a run that had to stop is one line and exit code 1;
 a run that a signal stopped exits with 128 + the signal's number.
@@ -60,6 +60,7 @@ def _fail(message: str, code: int = 2) -> int:
 if typer is not None:
     from unipool.analysis.commands import analyze, probe
     from unipool.compare.commands import compare
+    from unipool.evaluation.commands import evaluate
     from unipool.training.config import TrainConfig
     from unipool.training.rewrite_commands import convert, resize
 
@@ -262,6 +263,7 @@ if typer is not None:
         loaded, text_tokenizer = load_model(model, resolve_device(device))
         print(generate_text(loaded, text_tokenizer, prompt, max_new_tokens, temperature, seed))
 
+    app.command("eval")(evaluate)
     app.command()(probe)
     app.command()(analyze)
     app.command()(convert)

@@ -27,6 +27,7 @@ _OPTIONAL = {  # package -> (extra that installs it, what it is for, least relea
     "typer": ("train", "the unipool command", (0, 19)),
     "rich": ("train", "the unipool command", (0, 0)),
     "matplotlib": ("train", "reports", (0, 0)),
+    "lm_eval": ("eval", "unipool eval", (0, 4)),
 }
 
 

@@ -57,7 +57,7 @@ def load_subject(
     if tokens < 0 or batch_size < 1:
         raise InputError(f"--tokens must be >= 0 and --batch-size >= 1, got {tokens}, {batch_size}")
     folder = checked_model(checkpoint)
-    run = _find_run(folder)
+    run = find_run(folder)
     if data is None and run is None:
         raise InputError(f"--data is needed: {checkpoint} is not from a run of `unipool train`")
     if data is not None:  # read before the model, so that a wrong path shows at once
@@ -87,7 +87,7 @@ def checked_model(checkpoint: Path) -> Path:
     return folder
 
 
-def _find_run(folder: Path) -> tuple[Path, TrainConfig] | None:
+def find_run(folder: Path) -> tuple[Path, TrainConfig] | None:
     """The run that `folder` (model, or checkpoints/step-N) lies in, and its options, if any."""
     for run in (folder.parent, folder.parent.parent):
         if (run / "data.key").exists() and (run / "config.json").exists():
