@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the small models in tests, and ids for them."""
+"""The shape and forms of the small models in tests, ids for them, and what they hold."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +23,18 @@ SHAPE = {
 }
 
 
+NORM = {"router": "norm", "balance": "pool"}
+VANILLA = {"router": "softmax", "num_pools": 4, "balance": "layer", "balance_delay": 0}
+RECURRENT = {"router": "recurrent", "router_state_size": 12}
+FORMS = {
+    "norm": NORM,
+    "vanilla": VANILLA,
+    "grouped": {"num_pools": 2, "balance_delay": 0},
+    "recurrent": RECURRENT | {"router_scoring": "norm"},
+    "recurrent-vanilla": VANILLA | RECURRENT,
+}
+
+
 def make_model(**options) -> UniPoolForCausalLM:
     """Of SHAPE but for `options`; equal options mean equal weights."""
     torch.manual_seed(0)
@@ -31,3 +45,13 @@ def make_ids(*shape: int, seed: int = 1) -> Tensor:
     """0 is left to padding, which generation tells from the prompt by its id."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, SHAPE["vocab_size"], shape or (3, 11), generator=generator)
+
+
+def states(model: UniPoolForCausalLM) -> list[Tensor]:
+    return [balancer.fraction.clone() for balancer in model.model.balancers]
+
+
+def assert_all_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(actual) == len(expected) > 0
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)

@@ -195,6 +195,8 @@ def test_means_spreads_and_differences(sweep):
     row = f"{shared.mean():+.4f} ± {shared.std(ddof=1):.4f} | 2/2"
     assert row in (folder / "table.md").read_text()
     assert f"{shared.mean():+.3f} ± {shared.std(ddof=1):.3f}" in output
+    assert "3 models x 2 seeds, 2 at a time" in output
+    assert output.count(": begun, see ") == 6
 
 
 def test_seeds_mean_equal_text_for_all_models(sweep):

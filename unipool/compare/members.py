@@ -84,8 +84,12 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
     run at its next step, with a checkpoint to go on from.
     """
     queue = [member for member in members if outcome(member) is None]
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     if done := len(members) - len(queue):
-        console.print(f"{done} of {len(members)} runs are complete", highlight=False)
+        tell(f"{done} of {len(members)} runs are complete")
     running: dict[Member, _Child] = {}
     with StopSignals() as signals:
         try:
@@ -93,6 +97,7 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
                 while queue and len(running) < jobs and signals.received is None:
                     member = queue.pop(0)
                     running[member] = _Child(member, jobs)
+                    tell(f"{member.title}: begun, see {member.folder / _LOG}")
                 time.sleep(_POLL)
                 for member, child in list(running.items()):
                     if signals.received is not None:
@@ -101,8 +106,7 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
                         del running[member]
                         if (told := child.conclude()) is not None:
                             done += 1
-                            line = f"[{done}/{len(members)}] {member.title}: {told}"
-                            console.print(line, highlight=False, markup=False, soft_wrap=True)
+                            tell(f"[{done}/{len(members)}] {member.title}: {told}")
         except OSError as error:
             raise TrainingError(f"cannot write {error.filename}: {error.strerror}") from error
         finally:

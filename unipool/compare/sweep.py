@@ -89,6 +89,10 @@ def run_sweep(
     with locked(out):
         write_text(out / _FILE, sweep.to_json())
         members = sweep.members(out)
+        console.print(
+            f"{len(sweep.variants)} models x {len(sweep.seeds)} seeds, {jobs} at a time",
+            highlight=False,
+        )
         stopped = run_members(members, jobs, console)
         results = summarize(sweep, members)
         page = write_results(out, results)
