@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import tile_efficiency
 import torch
 from bench_kernels import time_on_gpu
 from bench_ops import grouped_mm_layer
 from harness import Timing, interleave, relative_error, require_device, write_json
-from tile_efficiency import Shape, as_pass, layer_products, wgrad_products
+from tile_efficiency import Product, Shape, as_pass, floor_of, layer_products, wgrad_products
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -79,21 +80,24 @@ def raw_calls(shape: Shape, i: dict[str, Tensor]) -> dict[str, Callable[[], obje
     }
 
 
-def expected_passes(shape: Shape, counts: Tensor) -> dict[str, dict]:
-    """Floor and predicted seconds of each pass, by bench/tile_efficiency.py."""
+def products_of(shape: Shape, counts: Tensor) -> dict[str, list[Product]]:
+    """By pass."""
     up, down, hidden_bwd, input_bwd = layer_products(shape, counts)
-    products = {
+    return {
         "forward": [up, down],
         "dgrad": [hidden_bwd, input_bwd],
         "wgrad": wgrad_products(shape, counts),
     }
-    return {name: as_pass(name, parts) for name, parts in products.items()}
 
 
 def time_way(name: str, way: Callable[[], object], runs: int, device: str) -> Timing:
     if device == "cuda":
         return time_on_gpu(name, way, runs)[0]
     return interleave({name: way}, warmup=0, runs=runs)[0]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{1e3 * seconds:.3f} ms"
 
 
 def judge(shape: Shape, name: str, share: float) -> str:
@@ -106,12 +110,13 @@ def judge(shape: Shape, name: str, share: float) -> str:
 
 def bench_products(shape: Shape, i: dict[str, Tensor], runs: int, device: str) -> list[dict]:
     counts = i["experts"].flatten().bincount(minlength=shape.experts).cpu()
-    expected = expected_passes(shape, counts)
+    products = products_of(shape, counts)
+    expect = as_pass if tile_efficiency.TILES else floor_of  # the tiles are known to the extension
     results = []
     for name, way in raw_calls(shape, i).items():
         timing = time_way(name, way, runs, device)
-        passed = expected[name]
-        flops = sum(part["flops"] for part in passed["products"])
+        passed = expect(name, products[name])
+        flops = sum(product.flops for product in products[name])
         share = passed["floor_seconds"] / timing.median
         result = {
             "timing": asdict(timing),
@@ -122,7 +127,7 @@ def bench_products(shape: Shape, i: dict[str, Tensor], runs: int, device: str) -
         }
         print(
             f"  {timing}  floor {1e3 * passed['floor_seconds']:.3f} ms ({passed['floor_bound']}), "
-            f"{share:.0%} of it; predicted {1e3 * passed['predicted_seconds']:.3f} ms; "
+            f"{share:.0%} of it; predicted {_milliseconds(passed.get('predicted_seconds'))}; "
             f"{flops / timing.median / 1e12:.0f} TFLOP/s; {result['verdict']}"
         )
         results.append(result)

@@ -121,6 +121,23 @@ def test_parts_say_that_they_need_a_gpu(name: str, options: list[str]) -> None:
     assert run.stdout == f"{name}: needs an NVIDIA GPU and a CUDA torch, found none\n"
 
 
+def test_prebuilt_libraries_need_no_extension_of_this_python(tmp_path: Path) -> None:
+    """The libraries hold no Python, so the machine with the GPU may have another one."""
+    parts = "compare_backends, gpu_smoke, bench_kernels, pool_step, bench_integration"
+    code = (
+        "import sys; sys.modules['unipool._C'] = None; sys.path.insert(0, 'bench'); "
+        f"import bench_experts, {parts}; bench_experts.main()"
+    )
+    json_file = tmp_path / "experts.json"
+    options = ["--device", "cpu", "--runs", "2", "--json", str(json_file)]
+    command = [sys.executable, "-c", code, *options]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    (result,) = json.loads(json_file.read_text())["results"]
+    assert all("predicted_seconds" not in found for found in result["products"])
+    assert all(found["share_of_floor"] > 0 for found in result["products"])
+
+
 def nbytes(values: list) -> int:
     """Of all tensors in a list, and of those in lists in it."""
     sizes = [nbytes(v) if isinstance(v, list) else getattr(v, "nbytes", 0) for v in values]
