@@ -36,7 +36,8 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype of their device, where autocast is on, as for matmul."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Meta tensors have no autocast to ask for; torch.compile cannot trace is_autocast_available.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = [t.is_floating_point() and t.dtype != torch.float64 for t in tensors]
