@@ -42,6 +42,6 @@ def test_command_options_exist(command, rest):
 
 
 def test_figures_are_those_of_the_committed_results():
-    script = ROOT / "bench" / "update_readme.py"
+    script = ROOT / "bench" / "update_docs.py"
     run = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

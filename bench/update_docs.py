@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the figures of README.md from the JSON files under bench/results.
+"""Writes the figures of README.md and docs/evidence.md from the JSON files under bench/results.
 
-    python bench/update_readme.py [--check]
+    python bench/update_docs.py [--check]
 
-With --check nothing is written; the exit status says whether README.md is up to date.
+With --check nothing is written; the exit status says whether both are up to date.
 """
 
 import argparse
@@ -11,20 +11,16 @@ import json
 import sys
 from pathlib import Path
 
+from evidence_tables import evidence, table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 MAIN_LAYERS = 12  # of the pool step's first table
 
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def demo() -> str:
@@ -140,25 +136,35 @@ def figures() -> str:
     torch = load("pool_step_cpu")["environment"]["torch"].split("+")[0]
     head = (
         f"All on two cores of an AMD EPYC processor with AVX-512, torch {torch}; each comes from a "
-        "JSON under `bench/results/`\nthrough `bench/update_readme.py`. Times of shared machines "
+        "JSON under `bench/results/`\nthrough `bench/update_docs.py`. Times of shared machines "
         "vary: the ratios, measured in one run, are what counts.\n"
     )
     return "\n".join([head, demo(), pool_step(), single_ops(), integration(), precision()])
+
+
+def updated(path: Path, figures: str) -> str:
+    """The text of `path` with `figures` between its marks."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        sys.exit(f"{path.name}: no {BEGIN.strip()} and {END.strip()}")
+    return before + BEGIN + figures + END + after
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"{README.name}: no {BEGIN.strip()} and {END.strip()}")
-    updated = before + BEGIN + figures() + END + after
-    if arguments.check:
-        sys.exit(f"{README.name}: run bench/update_readme.py" if updated != text else 0)
-    README.write_text(updated)
+    pages = {
+        ROOT / "README.md": figures(),
+        ROOT / "docs" / "evidence.md": evidence(load("evidence")),
+    }
+    texts = {path: updated(path, text) for path, text in pages.items()}
+    for path, text in texts.items():
+        if not arguments.check:
+            path.write_text(text)
+        elif text != path.read_text():
+            sys.exit(f"{path.name}: run bench/update_docs.py")
 
 
 if __name__ == "__main__":
