@@ -121,6 +121,19 @@ def test_a_build_for_another_torch_is_noticed(monkeypatch):
     assert doctor.REBUILD in problem["fix"]
 
 
+def test_op_libraries_without_the_extension_module_work(monkeypatch, capsys):
+    """Libraries hold no Python, so they may come from a machine with another one."""
+    monkeypatch.setitem(sys.modules, "unipool._C", None)
+    monkeypatch.delattr("unipool._C", raising=False)
+    report = doctor.diagnose()
+    assert report["ok"]
+    assert report["build"] is None
+    (note,) = (n for n in report["notes"] if "no build information" in n["what"])
+    assert "_C" in note["what"]
+    assert doctor.main([]) == 0
+    assert "all ops work" in capsys.readouterr().out
+
+
 HIDE = """
 import importlib.abc, runpy, sys
 class Hide(importlib.abc.MetaPathFinder):

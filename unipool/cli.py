@@ -95,7 +95,7 @@ if typer is not None:
             _option("dense MLPs, experts private to each layer, or one shared pool", _MODEL),
         ] = TrainConfig.form,
         scale: Annotated[
-            str, _option("preset of sizes: tiny, 182m, 469m, 650m, 830m or 978m", _MODEL)
+            str, _option("sizes: tiny, small, 182m, 469m, 650m, 830m or 978m", _MODEL)
         ] = TrainConfig.scale,
         d_model: Annotated[int | None, _option("model width D", _MODEL, min=1)] = None,
         d_ff: Annotated[int | None, _option("width F of one expert", _MODEL, min=1)] = None,

@@ -172,20 +172,20 @@ def _check_library(report: dict, torch) -> None:
     report["unipool"] = _version("unipool")
     report["build"], report["libraries"], report["self_test"] = None, [], []
     try:
-        from unipool import _C, __version__, _library, reference
+        from unipool import __version__, _library, reference
         from unipool import ops as unipool_ops
     except (ImportError, OSError, RuntimeError) as error:
         _problem(report, _line(error), f"in the source folder: {REBUILD}")
         return
     report["unipool"] = __version__
-    build = report["build"] = dict(_C.build_info())
-    architectures = build.get("cuda_architectures", "")
+    build = report["build"] = _build_info(report)
+    architectures = build.get("cuda_architectures", "") if build else "not known"
     for path in map(Path, _library.loaded):
         on_gpu = "cuda" in path.name
         report["libraries"].append(
             {"file": str(path), "architectures": architectures if on_gpu else platform.machine()}
         )
-    if _release(build["torch"]) != _release(torch.__version__):
+    if build and _release(build["torch"]) != _release(torch.__version__):
         what = f"built for torch {build['torch']}, running under torch {torch.__version__}"
         _problem(report, what, f"in the source folder: {REBUILD}")
     has_cuda_ops = any("cuda" in Path(entry["file"]).name for entry in report["libraries"])
@@ -199,6 +199,17 @@ def _check_library(report: dict, torch) -> None:
         if not result["ok"]:
             what = f"{result['op']} on {result['device']}: {result['detail']}"
             _problem(report, what, f"in the source folder: {REBUILD}")
+
+
+def _build_info(report: dict) -> dict | None:
+    """None where the op libraries came without the extension module of this Python."""
+    try:
+        from unipool import _C
+    except ImportError as error:
+        what = f"no build information and no table of tiles: {_line(error)}"
+        _note(report, what, f"in the source folder: {REBUILD}")
+        return None
+    return dict(_C.build_info())
 
 
 def _self_test(torch, ops, reference, device: str) -> list[dict]:

@@ -45,7 +45,9 @@ def compare(
             "parts an expert is cut in, as many a token: 1,2,4 for 8E/top-1 to 32E/top-4 [1]", _GRID
         ),
     ] = None,
-    seeds: Annotated[str, _option("of weights, held-out text and order", _GRID)] = "0,1,2",
+    seeds: Annotated[
+        str, _option("numbers, for weights, held-out text and order", _GRID)
+    ] = "0,1,2",
     # --- training
     data: Annotated[
         list[Path] | None,
@@ -86,7 +88,10 @@ def compare(
         _option("go on with the sweep in --out: what is missing or failed", _SWEEP, "--resume"),
     ] = False,
 ) -> None:
-    """Train a grid of models with several seeds, and compare them with the layer-private one."""
+    """Train a grid of models with several seeds, and compare them with the layer-private one.
+
+    Options of a grid, and seeds, take several values with commas between.
+    """
     from rich.console import Console
 
     from unipool.compare.sweep import Sweep, run_sweep

@@ -2,6 +2,7 @@
 """What the runs of a sweep come to: means, spreads, and differences to the layer-private model."""
 
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,15 +12,18 @@ from unipool.compare.members import Member, Outcome, failure, outcome
 from unipool.models import parameter_counts
 from unipool.training.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    from unipool.compare.sweep import Sweep
 
-def summarize(sweep, members: list[Member]) -> dict:
+
+def summarize(sweep: "Sweep", members: list[Member]) -> dict:
     """Content of results.json.
 
     Losses are nats a token. Each variant has `runs`, one entry a seed; `val_loss`, over the seeds
     that are complete; and `difference`, of the validation loss to the layer-private model of the
     same granularity, seed by seed (equal seeds mean equal text, held-out text and order): negative
     is better. Both are {"mean", "std", "n"}: std is the sample's, None below two, mean None
-    without any.
+    without any. A run's folder is relative to the sweep's.
     """
     baseline = Baseline.of(sweep.scale)
     found = {(m.variant, m.config.seed): (m, outcome(m)) for m in members}
@@ -33,7 +37,7 @@ def summarize(sweep, members: list[Member]) -> dict:
     }
 
 
-def _entry(variant: Variant, sweep, baseline: Baseline, found: dict) -> dict:
+def _entry(variant: Variant, sweep: "Sweep", baseline: Baseline, found: dict) -> dict:
     reference = vanilla(baseline, variant.granularity)
     members = [found[variant, seed] for seed in sweep.seeds]
     losses = {seed: _loss(found[variant, seed][1]) for seed in sweep.seeds}
@@ -56,15 +60,11 @@ def _loss(result: Outcome | None) -> float | None:
 
 
 def _run(member: Member, result: Outcome | None) -> dict:
-    run = {"seed": member.config.seed, "folder": str(member.folder.relative_to(_root(member)))}
+    run = {"seed": member.config.seed, "folder": "/".join(member.folder.parts[-3:])}
     if result is not None:
         return run | {"status": "complete", **vars(result)}
     reason = failure(member)
     return run | ({"status": "failed", "reason": reason} if reason else {"status": "missing"})
-
-
-def _root(member: Member):
-    return member.folder.parents[2]
 
 
 def label(variant: Variant, baseline: Baseline) -> str:
