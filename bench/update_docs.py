@@ -106,16 +106,16 @@ def single_ops() -> str:
 def integration() -> str:
     results = load("integration")["results"]
     peers = ("eager", "grouped_mm")
-    rows = [
-        [r["case"], str(r["T"]), r["dtype"], *(f"{r['ratio_to_ours'][p]:.1f}x" for p in peers)]
-        for r in results
-    ]
-    c = results[0]
+    rows = []
+    for r in results:
+        sizes = f"{r['d_model']}, {r['d_ff']}, {r['experts']}, {r['top_k']}"
+        ratios = [f"{r['ratio_to_ours'][peer]:.1f}x" for peer in peers]
+        rows.append([r["case"], sizes, str(r["T"]), r["dtype"], *ratios])
+    head = ["", "D, F, experts, k", "tokens", "dtype", *(f"`{peer}`" for peer in peers)]
     return (
         "**Under Hugging Face models** (`python bench/bench_integration.py`): how much longer the "
-        f"MoE blocks of {c['layers']} layers take with\nother experts implementations than with "
-        f"`unipool`; D {c['d_model']}, F {c['d_ff']}, {c['experts']} experts, top-{c['top_k']}.\n\n"
-        + table(["", "tokens", "dtype", *(f"`{p}`" for p in peers)], rows)
+        f"MoE blocks of {results[0]['layers']} layers take with\nother experts implementations "
+        f"than with `unipool`; transformers {results[0]['transformers']}.\n\n" + table(head, rows)
     )
 
 
