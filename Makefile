@@ -25,7 +25,7 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	@echo "building the CUDA kernels for the CPU, to test them"
 	@$(BIN)/python emulation/build.py fast >/dev/null || true
-	@$(BIN)/python -m pytest -n $(JOBS) --timeout 900 $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -o faulthandler_exit_on_timeout=true $(TESTS) $(ARGS)
 
 bench: $(VENV)/built
 	@$(BIN)/python bench/bench_ops.py $(ARGS)
@@ -52,7 +52,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  'setuptools>=77' wheel cmake ninja pybind11 torch numpy \
 	  'transformers>=5.17' accelerate 'typer>=0.19' rich matplotlib safetensors 'lm-eval>=0.4.13' \
-	  pytest pytest-xdist pytest-timeout hypothesis psutil ruff clang-format nvtx
+	  pytest pytest-xdist hypothesis psutil ruff clang-format nvtx
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass
 	@touch $@
 
