@@ -5,22 +5,17 @@ A claim is held against a difference taken seed by seed: its mean, and the 95 % 
 Student's t. Verdicts follow from the interval alone.
 """
 
-from collections.abc import Callable, Sequence
-from statistics import fmean, mean, stdev
+from statistics import fmean, stdev
+
+from unipool.training.tables import markdown, with_spread
 
 # Quantile 0.975 of Student's t by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): the 95 % interval of the mean of two to ten independent values."""
-    middle, half = mean(values), _T[len(values) - 1] * stdev(values) / len(values) ** 0.5
+    middle, half = fmean(values), _T[len(values) - 1] * stdev(values) / len(values) ** 0.5
     return middle, middle - half, middle + half
 
 
@@ -35,10 +30,6 @@ def verdict(values: list[float], shows: str, opposite: str) -> str:
 def _with_interval(values: list[float]) -> str:
     middle, low, high = interval(values)
     return f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def _with_spread(values: list[float]) -> str:
-    return f"{mean(values):.4f} ± {stdev(values):.4f}"
 
 
 def _lower(values: list[float]) -> str:
@@ -102,7 +93,7 @@ def _models(sweep: dict, losses: dict) -> str:
                 f"{entry['pools']} × {entry['pool_size']}",
                 f"{entry['params_expert'] / 1e6:.2f}M",
                 f"{entry['params_active'] / 1e6:.2f}M",
-                _with_spread(own),
+                with_spread(fmean(own), stdev(own), ".4f"),
                 "" if baseline else _with_interval(against),
                 "" if baseline else _lower(against),
                 "" if baseline else verdict(against, "lower", "higher"),
@@ -111,7 +102,7 @@ def _models(sweep: dict, losses: dict) -> str:
     head = ["model", "pools × experts", "in experts", "active", "validation loss (nats)"]
     return (
         "Mean ± standard deviation over seeds; differences seed by seed, with the 95 % interval "
-        "of their mean.\n\n" + table([*head, "difference to `vanilla`", "seeds lower", ""], rows)
+        "of their mean.\n\n" + markdown([*head, "difference to `vanilla`", "seeds lower", ""], rows)
     )
 
 
@@ -124,44 +115,44 @@ def _claims(sweep: dict, losses: dict) -> str:
     half = _find(sweep, router="norm", balance="pool", pools=1, pool_size=full // 2)
     norm_only = _find(sweep, router="norm", balance="layer", **shared)
     loss_only = _find(sweep, router="softmax", balance="pool", **shared)
-    claims: list[tuple[str, str, str, str, Callable[[list[float]], str]]] = [
+    claims = [
         (
             "One pool, NormRouter and pool loss beat the layer-private model at an equal budget",
             "-0.0172 to -0.0386 at 182M to 978M active parameters, 30 B tokens",
             unipool,
             private,
-            lambda d: verdict(d, "shows", "the opposite shows"),
+            "the opposite shows",
         ),
         (
             "A pool of 41.6 % to 66.7 % of the experts matches or beats it (here: 50 %)",
             "at or below zero",
             half,
             private,
-            lambda d: verdict(d, "shows", "does not show: worse"),
+            "does not show: worse",
         ),
         (
             "The pool loss is needed: better than NormRouter with one loss a layer",
             "below zero",
             unipool,
             norm_only,
-            lambda d: verdict(d, "shows", "the opposite shows"),
+            "the opposite shows",
         ),
         (
             "NormRouter is needed: better than softmax with the pool loss",
             "below zero",
             unipool,
             loss_only,
-            lambda d: verdict(d, "shows", "the opposite shows"),
+            "the opposite shows",
         ),
     ]
     rows = []
-    for claim, paper, one, other, judge in claims:
+    for claim, paper, one, other, opposite in claims:
         against = _difference(losses, one, other)
-        here = [f"`{one}` − `{other}`", _with_interval(against), _lower(against), judge(against)]
-        rows.append([claim, paper, *here])
+        here = [f"`{one}` − `{other}`", _with_interval(against), _lower(against)]
+        rows.append([claim, paper, *here, verdict(against, "shows", opposite)])
     head = ["claim of arXiv:2605.06665", "there (nats)", "here", "difference (nats)"]
     head += ["seeds lower", ""]
-    return "**Claims about loss**\n\n" + table(head, rows)
+    return "**Claims about loss**\n\n" + markdown(head, rows)
 
 
 def _probe(probe: dict) -> str:
@@ -187,7 +178,7 @@ def _probe(probe: dict) -> str:
             by_layer = zip(*(harm[model, seed, weights] for seed in seeds), strict=True)
             rows.append([f"`{model}`", weights, *(f"{fmean(layer):+.3f}" for layer in by_layer)])
     layers = len(rows[0]) - 2
-    text += table(["model", "weights", *(f"layer {i}" for i in range(layers))], rows)
+    text += markdown(["model", "weights", *(f"layer {i}" for i in range(layers))], rows)
     for weights in ("rule", "kept"):
         less = [fmean(harm[private, s, weights]) - fmean(harm[shared, s, weights]) for s in seeds]
         judged = verdict(less, "the claim shows", "the opposite shows")
@@ -211,4 +202,4 @@ def _routing(probe: dict) -> str:
             means = [form.format(fmean(layer)) for layer in layers]
             rows.append([f"`{name_of_model}`", what, *means])
     head = ["model", "", *(f"layer {i}" for i in range(len(rows[0]) - 2))]
-    return "**Routing**, mean over seeds, by `unipool analyze`\n\n" + table(head, rows)
+    return "**Routing**, mean over seeds, by `unipool analyze`\n\n" + markdown(head, rows)

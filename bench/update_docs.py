@@ -11,7 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-from evidence_tables import evidence, table
+from evidence_tables import evidence
+
+from unipool.training.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -41,7 +43,7 @@ def demo() -> str:
     return (
         "**The demo** (`make demo`, seed 0): three models of equal active size on the source of "
         "Python's standard library,\nbyte by byte. Small models, little training, one seed: a "
-        "small difference says nothing about models of another size.\n\n" + table(head, rows)
+        "small difference says nothing about models of another size.\n\n" + markdown(head, rows)
     )
 
 
@@ -78,7 +80,7 @@ def pool_step() -> str:
         "max(FLOPs / matmul rate, bytes / read bandwidth)\nof each pass, rates and bandwidth "
         "measured in the same run.\n\n"
     )
-    text += table(head, [*rows, floor])
+    text += markdown(head, [*rows, floor])
     sweep = [
         [
             case["dtype"],
@@ -91,7 +93,7 @@ def pool_step() -> str:
         for case in cases
     ]
     head = ["", "layers", "ours (ms a layer)", "grouped_mm (ms a layer)", "ratio", "ours to floor"]
-    return text + "\nBy the number of layers that share the pool:\n\n" + table(head, sweep)
+    return text + "\nBy the number of layers that share the pool:\n\n" + markdown(head, sweep)
 
 
 def single_ops() -> str:
@@ -115,7 +117,8 @@ def integration() -> str:
     return (
         "**Under Hugging Face models** (`python bench/bench_integration.py`): how much longer the "
         f"MoE blocks of {results[0]['layers']} layers take with\nother experts implementations "
-        f"than with `unipool`; transformers {results[0]['transformers']}.\n\n" + table(head, rows)
+        f"than with `unipool`; transformers {results[0]['transformers']}.\n\n"
+        + markdown(head, rows)
     )
 
 

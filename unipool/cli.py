@@ -61,7 +61,7 @@ if typer is not None:
     from unipool.analysis.commands import analyze, probe
     from unipool.compare.commands import compare
     from unipool.evaluation.commands import evaluate
-    from unipool.training.config import TrainConfig
+    from unipool.training.config import TrainConfig, plain, with_last_rate
     from unipool.training.rewrite_commands import convert, resize
 
     app = typer.Typer(
@@ -199,7 +199,7 @@ if typer is not None:
         """Train a language model into a run folder."""
         names = {entry.name for entry in dataclasses.fields(TrainConfig)}
         given = {
-            name: _plain(name, value)
+            name: plain(name, value)
             for name, value in ctx.params.items()
             if name in names and ctx.get_parameter_source(name).name == "COMMANDLINE"
         }
@@ -275,28 +275,17 @@ if typer is not None:
         raise typer.Exit(_doctor.main([]))  # listed here for --help; `main` handles it itself
 
 
-def _plain(name: str, value):
-    """An option's value as JSON can hold it; what is read gets its full path, to be found again."""
-    if name == "data":
-        return tuple(str(path.resolve()) for path in value)
-    if name == "tokenizer":
-        return str(value.resolve())
-    return str(value) if isinstance(value, Path) else value
-
-
 def _train(given: dict, resume: bool) -> None:
     """Run `unipool train` with the options `given` on the command line."""
     from unipool.training.errors import InputError
 
     out = given.get("out", TrainConfig.out)
-    if "lr" in given and "min_lr" not in given and not resume:
-        given["min_lr"] = given["lr"] / 10
     if resume:
         if not Path(out, "config.json").is_file():
             raise InputError(f"--resume: {out} holds no run")
         config = TrainConfig.load(Path(out, "config.json")).resumed_with(given | {"out": out})
     else:
-        config = TrainConfig(**given)
+        config = TrainConfig(**with_last_rate(given))
 
     from rich.console import Console
 

@@ -121,9 +121,7 @@ def _show_probe(result, subject) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def with_spread(mean: float, spread: float | None, unit: float, digits: int) -> str:
-        text = f"{round(unit * mean, digits) + 0.0:+.{digits}f}"  # + 0.0: no minus before zero
-        return text if spread is None else f"{text} ± {unit * spread:.{digits}f}"
+    from unipool.training.tables import with_spread
 
     console = Console()
     console.print(
@@ -136,10 +134,11 @@ def _show_probe(result, subject) -> None:
     for heading in ("random layer", "loss (nats)", "accuracy (points)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in result.layers:
+        points = None if entry.accuracy_spread is None else 100 * entry.accuracy_spread
         table.add_row(
             str(entry.layer),
-            with_spread(entry.loss_increase, entry.loss_spread, 1.0, 4),
-            with_spread(-entry.accuracy_drop, entry.accuracy_spread, 100.0, 2),
+            with_spread(entry.loss_increase, entry.loss_spread, "+.4f"),
+            with_spread(-100 * entry.accuracy_drop, points, "+.2f"),
         )
     console.print(table)
     console.print(

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 _GRID, _TRAINING, _SWEEP = "Models", "Training, alike for all", "Sweep"
+_SHARED = ("data", "field", "tokenizer", "seq_len", "batch_size", "accumulate", "steps", "lr")
+_SHARED += ("init_std", "eval_tokens", "save_every", "device", "precision")
 
 
 def _option(help: str, panel: str, *names: str, **rules):
@@ -168,13 +170,8 @@ def _values(name: str, text: str, parse) -> tuple:
 
 
 def _shared_options(given: dict) -> dict:
-    """Fields of TrainConfig that were given; paths in full, to be found from anywhere."""
-    names = ("field", "seq_len", "batch_size", "accumulate", "steps", "lr", "init_std")
-    names += ("eval_tokens", "save_every", "device", "precision")
-    options = {name: given[name] for name in names if name in given}
-    if "lr" in given:
-        options["min_lr"] = given["lr"] / 10
-    options["data"] = tuple(str(path.resolve()) for path in given.get("data") or ())
-    if "tokenizer" in given:
-        options["tokenizer"] = str(given["tokenizer"].resolve())
-    return options
+    """Fields of TrainConfig that were given."""
+    from unipool.training.config import plain, with_last_rate
+
+    options = {name: plain(name, given[name]) for name in _SHARED if name in given}
+    return {"data": ()} | with_last_rate(options)

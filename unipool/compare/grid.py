@@ -3,7 +3,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from unipool.models import preset, preset_names
 from unipool.models.configuration_unipool import BALANCES
@@ -87,9 +87,6 @@ class Variant:
             "balance_delay": self.delay,
             "balance_coefficient": baseline.pool_coefficient if pooled else VANILLA_COEFFICIENT,
         } | ROUTERS[self.router]
-
-    def to_dict(self) -> dict:
-        return asdict(self) | {"name": self.name}
 
 
 def vanilla(baseline: Baseline, granularity: int = 1) -> Variant:

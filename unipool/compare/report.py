@@ -11,6 +11,7 @@ from rich.table import Table
 from unipool.compare.figures import sweep_figures
 from unipool.training.checkpoint import write_text
 from unipool.training.page import document, image, paragraphs, png, table
+from unipool.training.tables import markdown, with_spread
 
 _HEAD = (
     "model",
@@ -37,19 +38,24 @@ _FIGURES = {
 }
 
 
-def with_spread(statistics: dict, form: str) -> str:
-    """`mean ± std` of {"mean", "std", "n"}; "–" without a value."""
+def _spread(statistics: dict, form: str) -> str:
+    """Of {"mean", "std", "n"}; "–" without a value."""
     if statistics["mean"] is None:
         return "–"
-    text = format(statistics["mean"] + 0.0, form)  # + 0.0: no minus before zero
-    if statistics["std"] is None:
-        return text
-    return f"{text} ± {format(statistics['std'], form.lstrip('+'))}"
+    return with_spread(statistics["mean"], statistics["std"], form)
 
 
-def difference(entry: dict, form: str) -> str:
-    """As `with_spread`; nothing for a baseline, which would differ from itself."""
-    return "" if entry["name"] == entry["baseline"] else with_spread(entry["difference"], form)
+def _difference(entry: dict, form: str) -> str:
+    """Nothing for a baseline, which would differ from itself."""
+    return "" if entry["name"] == entry["baseline"] else _spread(entry["difference"], form)
+
+
+def _experts(entry: dict) -> str:
+    return f"{entry['params_expert'] / 1e6:.2f}M"
+
+
+def _seeds(entry: dict) -> str:
+    return f"{entry['val_loss']['n']}/{len(entry['runs'])}"
 
 
 def rows(results: dict) -> list[list[str]]:
@@ -59,11 +65,11 @@ def rows(results: dict) -> list[list[str]]:
             entry["label"],
             f"{entry['pools']} × {entry['pool_size']}",
             str(entry["granularity"]),
-            f"{entry['params_expert'] / 1e6:.2f}M",
+            _experts(entry),
             f"{entry['params_active'] / 1e6:.2f}M",
-            with_spread(entry["val_loss"], ".4f"),
-            difference(entry, "+.4f"),
-            f"{entry['val_loss']['n']}/{len(entry['runs'])}",
+            _spread(entry["val_loss"], ".4f"),
+            _difference(entry, "+.4f"),
+            _seeds(entry),
         ]
         for entry in results["variants"]
     ]
@@ -79,17 +85,11 @@ def failures(results: dict) -> list[str]:
     ]
 
 
-def markdown(results: dict) -> str:
-    """The table in Markdown."""
-    lines = [_HEAD, ["---"] * len(_HEAD), *rows(results)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def write_results(folder: Path, results: dict) -> Path:
     """Write results.json, table.md, the pictures and report.html; returns the page's path."""
     folder = Path(folder)
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(folder / "table.md", markdown(results))
+    write_text(folder / "table.md", markdown(_HEAD, rows(results)))
     sections = ""
     for name, figure in sweep_figures(results).items():
         picture = png(figure)
@@ -121,9 +121,9 @@ def show(console: Console, results: dict, page: Path) -> None:
     shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("model", "experts", "val loss (nats)", "to vanilla", "seeds"):
         shown.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
-    for entry, row in zip(results["variants"], rows(results), strict=True):
-        loss, to_vanilla = with_spread(entry["val_loss"], ".3f"), difference(entry, "+.3f")
-        shown.add_row(entry["label"], row[3], loss, to_vanilla, row[7])
+    for entry in results["variants"]:
+        loss, to_vanilla = _spread(entry["val_loss"], ".3f"), _difference(entry, "+.3f")
+        shown.add_row(entry["label"], _experts(entry), loss, to_vanilla, _seeds(entry))
     console.print(shown)
     for line in failures(results):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

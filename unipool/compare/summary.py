@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the runs of a sweep come to: means, spreads, and differences to the layer-private model."""
 
+from dataclasses import asdict
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import unipool
 from unipool.compare.grid import Baseline, Variant, vanilla
 from unipool.compare.members import Member, Outcome, failure, outcome
 from unipool.models import parameter_counts
+from unipool.training.config import TrainConfig
 from unipool.training.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def summarize(sweep: "Sweep", members: list[Member]) -> dict:
     without any. A run's folder is relative to the sweep's.
     """
     baseline = Baseline.of(sweep.scale)
+    tokenizer = load_tokenizer(members[0].config.tokenizer)
     found = {(m.variant, m.config.seed): (m, outcome(m)) for m in members}
     return {
         "scale": sweep.scale,
@@ -33,11 +36,11 @@ def summarize(sweep: "Sweep", members: list[Member]) -> dict:
         "options": sweep.options,
         "torch": torch.__version__,
         "unipool": unipool.__version__,
-        "variants": [_entry(v, sweep, baseline, found) for v in sweep.variants],
+        "variants": [_entry(v, sweep, baseline, tokenizer, found) for v in sweep.variants],
     }
 
 
-def _entry(variant: Variant, sweep: "Sweep", baseline: Baseline, found: dict) -> dict:
+def _entry(variant: Variant, sweep: "Sweep", baseline: Baseline, tokenizer, found: dict) -> dict:
     reference = vanilla(baseline, variant.granularity)
     members = [found[variant, seed] for seed in sweep.seeds]
     losses = {seed: _loss(found[variant, seed][1]) for seed in sweep.seeds}
@@ -46,9 +49,9 @@ def _entry(variant: Variant, sweep: "Sweep", baseline: Baseline, found: dict) ->
     return {
         "name": variant.name,
         "label": label(variant, baseline),
-        **variant.to_dict(),
+        **asdict(variant),
         "baseline": reference.name,
-        **_counts(members[0][0]),
+        **_counts(members[0][0].config, tokenizer),
         "val_loss": statistics([loss for loss in losses.values() if loss is not None]),
         "difference": statistics([losses[s] - theirs[s] for s in both]),
         "runs": [_run(member, result) for member, result in members],
@@ -74,9 +77,7 @@ def label(variant: Variant, baseline: Baseline) -> str:
     return "vanilla" if variant.granularity == 1 else f"vanilla-k{variant.granularity}"
 
 
-def _counts(member: Member) -> dict[str, int]:
-    config = member.config
-    tokenizer = load_tokenizer(config.tokenizer)
+def _counts(config: TrainConfig, tokenizer) -> dict[str, int]:
     counts = parameter_counts(config.model_config(tokenizer.vocab_size, tokenizer.separator))
     return {f"params_{name}": count for name, count in counts.items()}
 

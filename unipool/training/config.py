@@ -150,6 +150,22 @@ class TrainConfig:
             raise InputError(str(error).strip().splitlines()[0]) from error
 
 
+def plain(name: str, value):
+    """An option's value as JSON can hold it; what is read gets its full path, to be found again."""
+    if name == "data":
+        return tuple(str(path.resolve()) for path in value)
+    if name == "tokenizer":
+        return str(value.resolve())
+    return str(value) if isinstance(value, Path) else value
+
+
+def with_last_rate(given: dict) -> dict:
+    """`given` options; where there is a learning rate without its last one, that is a tenth."""
+    if "lr" in given and "min_lr" not in given:
+        return given | {"min_lr": given["lr"] / 10}
+    return given
+
+
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
