@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -32,6 +33,7 @@ from unipool.training.checkpoint import complete_folder
 from unipool.training.config import TrainConfig
 from unipool.training.data import default_cache
 from unipool.training.errors import InputError, TrainingError
+from unipool.training.tables import with_spread
 
 pytestmark = pytest.mark.usefixtures("small_scale")
 
@@ -66,11 +68,13 @@ def test_every_preset_can_be_built_at_every_scale_with_equal_active_sizes(scale,
     for variant in variants:
         counts = parameter_counts(model_config(variant, baseline))
         reference = parameter_counts(model_config(vanilla(baseline), baseline))
-        experts_share = variant.pools * variant.pool_size / variant.granularity / baseline.experts
-        assert counts["expert"] == round(experts_share * reference["expert"])
-        routers = baseline.layers * variant.pool_size * preset(scale).hidden_size
-        recurrent = 4 * 6 * preset(scale).hidden_size ** 2 + baseline.layers * 256 * 2048
-        assert abs(counts["active"] - reference["active"]) <= 2 * routers + recurrent
+        one = reference["expert"] // baseline.experts  # of the baseline's
+        assert counts["expert"] == variant.pools * variant.pool_size * one // variant.granularity
+        config = model_config(variant, baseline)
+        assert config.num_experts_per_tok * config.intermediate_size == baseline.d_ff
+        # Only routers differ: with as many rows they are equal, but for the scales of NormRouter.
+        if (variant.router, variant.pool_size) == ("norm", baseline.layer_experts):
+            assert counts["active"] == reference["active"] + baseline.layers
 
 
 def test_presets_at_the_smallest_published_scale():
@@ -105,6 +109,27 @@ def test_baselines_follow_the_granularity():
         "vanilla-k2",
         "vanilla-k4",
     ]
+
+
+def test_help_names_every_preset_and_scale(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["compare", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in (*PRESETS, *SCALES):
+        assert re.search(rf"\b{name}\b", text), name
+
+
+@pytest.mark.parametrize(
+    ("value", "std", "form", "text"),
+    [
+        (0.0736, 0.0274, "+.3f", "+0.074 ± 0.027"),
+        (-0.0001, 0.02, "+.3f", "+0.000 ± 0.020"),
+        (-0.0001, None, ".3f", "0.000"),
+        (-0.0006, None, "+.3f", "-0.001"),
+    ],
+)
+def test_spreads_have_no_sign_and_zero_no_minus(value, std, form, text):
+    assert with_spread(value, std, form) == text
 
 
 def test_a_grid_has_every_combination_once():

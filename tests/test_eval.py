@@ -187,7 +187,7 @@ def test_models_with_known_answers(tmp_path, kind):
     model = save(tmp_path / "hf", successor_model(kind, {" ": "y", "y": "y"}, " "))
     found = evaluate(tmp_path, model, "--data", eval_sets.write_rows(tmp_path / "d", known_rows()))
     scores = by_task(found)
-    assert tuple(scores) == PAPER_TASKS
+    assert tuple(scores) == eval_sets.TASKS
     for task in ("arc_easy", "arc_challenge", "piqa", "hellaswag"):
         values = {name: metric["value"] for name, metric in scores[task]["metrics"].items()}
         assert values == {"acc": 0.5, "acc_norm": 0.75}, task
@@ -243,7 +243,7 @@ def test_scores_of_all_seven_tasks(tmp_path, request, sets, rows, source, capsys
             )
     accuracies = [score["metrics"]["acc"] for score in by_task(found).values()]
     mean = found["averages"]["acc"]
-    assert mean["tasks"] == list(PAPER_TASKS)
+    assert mean["tasks"] == list(eval_sets.TASKS)
     assert mean["value"] == pytest.approx(sum(a["value"] for a in accuracies) / 7)
     assert mean["stderr"] == pytest.approx(math.hypot(*(a["stderr"] for a in accuracies)) / 7)
     assert re.search(rf"average +acc +{mean['value']:.4f}", table)
