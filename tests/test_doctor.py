@@ -191,3 +191,24 @@ def test_without_the_op_library_import_works_and_doctor_says_the_fix(tmp_path):
         assert "libunipool_cpu.so is missing" in run.stdout
         assert "pip install --no-build-isolation" in run.stdout
         assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("shapes do not fit", doctor.REBUILD),
+        ("CUDA error: no kernel image is available for execution on the device", "UNIPOOL_CUDA=ON"),
+        ("CUDA error: invalid argument", "please report it"),
+        ("CUDA error: an illegal memory access was encountered", "please report it"),
+        ("CUDA error: out of memory", "nvidia-smi"),
+    ],
+)
+def test_advice_fits_what_went_wrong(monkeypatch, error, advice):
+    def fails(*_, **__):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(ops, "expert_mlp", fails)
+    (problem,) = doctor.diagnose()["problems"]
+    assert problem["what"] == f"expert_mlp on cpu: {error}"
+    assert advice in problem["fix"]
+    assert (doctor.REBUILD in problem["fix"]) == (advice in (doctor.REBUILD, "UNIPOOL_CUDA=ON"))

@@ -29,6 +29,14 @@ _OPTIONAL = {  # package -> (extra that installs it, what it is for, least relea
     "matplotlib": ("train", "reports", (0, 0)),
     "lm_eval": ("eval", "unipool eval", (0, 4)),
 }
+# What cudaGetErrorString says.
+_NO_CODE_FOR_THIS_GPU = (
+    "no kernel image is available",
+    "invalid device function",
+    "device kernel image is invalid",
+    "the provided PTX was compiled with an unsupported toolchain",
+)
+_GPU_TROUBLE = ("out of memory", "busy or unavailable", "uncorrectable ECC", "not initialized")
 
 
 def diagnose() -> dict:
@@ -198,7 +206,24 @@ def _check_library(report: dict, torch) -> None:
     for result in report["self_test"]:
         if not result["ok"]:
             what = f"{result['op']} on {result['device']}: {result['detail']}"
-            _problem(report, what, f"in the source folder: {REBUILD}")
+            _problem(report, what, _advice(result["detail"]))
+
+
+def _advice(detail: str) -> str:
+    """What to do about an op that fails: another build helps only where this one does not fit."""
+    if "CUDA error" not in detail:
+        return f"in the source folder: {REBUILD}"
+    if any(reason in detail for reason in _NO_CODE_FOR_THIS_GPU):
+        return (
+            "in the source folder, on this machine, so that the ops are built for its GPU: "
+            f"UNIPOOL_CUDA=ON {REBUILD}"
+        )
+    if any(reason in detail for reason in _GPU_TROUBLE):
+        return "free the GPU or check it (nvidia-smi), then run unipool doctor again"
+    return (
+        "a fault of unipool, which reinstalling does not change: please report it with the output "
+        "of CUDA_LAUNCH_BLOCKING=1 unipool doctor --json"
+    )
 
 
 def _build_info(report: dict) -> dict | None:

@@ -22,21 +22,64 @@ _ops = torch.ops.unipool
 
 
 def default_window_bytes(device: torch.device) -> int:
-    """A quarter of the memory that is free on the device now."""
+    """A quarter of the memory that is free on the device now, or that PyTorch holds unused."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 4
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) // 4
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+class _Ready:
+    """The point in a stream's work from which on tensors may be read, by any stream that waits.
+
+    Autograd orders the streams of two nodes by the gradients that pass between them; the layers of
+    a pass hand it none, so the pass has to. Nothing to do off CUDA, and on one stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.event = None if self.stream is None else self.stream.record_event()
+
+    def wait(self, *tensors: Tensor | None) -> None:
+        """Orders the current stream after the point, and the tensors' release after its work."""
+        if self.stream is None:
+            return
+        current = torch.cuda.current_stream(self.stream.device)
+        if current == self.stream:
+            return
+        current.wait_event(self.event)
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(current)
 
 
 class _Sums:
     """The gradients of one run of the backward: what is held, and what was summed already."""
 
     def __init__(self) -> None:
-        self.segments: list[WeightGradSegment] = []
+        self.segments: list[tuple[WeightGradSegment, _Ready]] = []
         self.held_bytes = 0
         self.top_k = 0  # of the segments that are held
         self.gate_up: Tensor | None = None  # [M, 2F, D] acc
         self.down: Tensor | None = None  # [M, D, F] acc
+        self.ready: _Ready | None = None  # gate_up and down
+
+    def hold(self, segment: WeightGradSegment) -> None:
+        self.segments.append((segment, _Ready(segment.x.device)))
+        self.held_bytes += sum(t.nbytes for t in segment)
+
+    def wait(self) -> list[WeightGradSegment]:
+        """Orders the current stream after all that is held and summed; what is held."""
+        if self.ready is not None:
+            self.ready.wait(self.gate_up, self.down)
+        for segment, ready in self.segments:
+            ready.wait(*segment)
+        return [segment for segment, _ in self.segments]
+
+    def summed(self, device: torch.device) -> None:
+        """What was held is part of the sums now."""
+        self.segments, self.held_bytes = [], 0
+        self.ready = _Ready(device)
 
 
 class GradientCollector:
@@ -57,8 +100,7 @@ class GradientCollector:
         if sums.segments and sums.top_k != top_k:
             self._flush(sums, needs)
         sums.top_k = top_k
-        sums.segments.append(segment)
-        sums.held_bytes += sum(t.nbytes for t in segment)
+        sums.hold(segment)
         if sums.held_bytes > self.window_bytes:
             self._flush(sums, needs)
 
@@ -69,45 +111,51 @@ class GradientCollector:
         sums = self.sums.pop(torch._C._current_graph_task_id(), None)
         if sums is None:
             return None, None
-        if sums.gate_up is not None or sums.down is not None:
+        if sums.ready is not None:  # something was summed before
             if sums.segments:
                 self._flush(sums, needs)
+            sums.wait()
             gate_up, down = sums.gate_up, sums.down
         else:
-            gate_up = self._wgrad(sums, "gate_up", dtypes[0]) if needs[0] else None
-            down = self._wgrad(sums, "down", dtypes[1]) if needs[1] else None
+            segments = sums.wait()
+            gate_up, down = (
+                self._wgrad(segments, sums.top_k, weight, dtype) if needed else None
+                for weight, needed, dtype in zip(("gate_up", "down"), needs, dtypes, strict=True)
+            )
         return (
             None if gate_up is None else gate_up.to(dtypes[0]),
             None if down is None else down.to(dtypes[1]),
         )
 
     @staticmethod
-    def _operands(sums: _Sums, weight: str) -> tuple:
-        segments = sums.segments
+    def _operands(segments: list[WeightGradSegment], top_k: int, weight: str) -> tuple:
         order, offsets = [s.order for s in segments], [s.offsets for s in segments]
         if weight == "gate_up":
             grad, value = [s.grad_preact for s in segments], [s.x for s in segments]
-            return grad, value, order, offsets, 0, sums.top_k
+            return grad, value, order, offsets, 0, top_k
         grad, value = [s.grad for s in segments], [s.hidden for s in segments]
-        return grad, value, order, offsets, sums.top_k, 0
+        return grad, value, order, offsets, top_k, 0
 
-    def _wgrad(self, sums: _Sums, weight: str, dtype: torch.dtype) -> Tensor:
-        operands = self._operands(sums, weight)
+    def _wgrad(
+        self, segments: list[WeightGradSegment], top_k: int, weight: str, dtype: torch.dtype
+    ) -> Tensor:
+        operands = self._operands(segments, top_k, weight)
         computed = operands[0][0].dtype
         return _ops.grouped_wgrad(*operands, computed if dtype == computed else acc_dtype(computed))
 
     def _flush(self, sums: _Sums, needs: tuple[bool, bool]) -> None:
+        segments = sums.wait()
         for weight, needed in zip(("gate_up", "down"), needs, strict=True):
             if not needed:
                 continue
-            operands = self._operands(sums, weight)
+            operands = self._operands(segments, sums.top_k, weight)
             total = getattr(sums, weight)
             if total is None:
                 total = _ops.grouped_wgrad(*operands, acc_dtype(operands[0][0].dtype))
                 setattr(sums, weight, total)
             else:
                 _ops.grouped_wgrad_(total, *operands)
-        sums.segments, sums.held_bytes = [], 0
+        sums.summed(segments[0].x.device)
         self.flushes += 1
 
 
