@@ -103,7 +103,9 @@ void launch_wgrad(const char* op, LaunchScope& scope, const WgradShape& s, const
   args.experts = static_cast<int>(s.experts);
   args.dtype = dtype_of(op, segments.grad[first]);
   args.out_dtype = dtype_of(op, out);
-  args.workspace = scope.workspace(grouped_wgrad_workspace_bytes(total, args.experts), out);
+  const int64_t row_bytes = std::max(s.n, s.k) * segments.grad[first].element_size();
+  args.workspace =
+      scope.workspace(grouped_wgrad_workspace_bytes(total, args.experts, row_bytes), out);
   args.tile = kAutoTile;
   scope.run(launch_grouped_wgrad, args);
 }

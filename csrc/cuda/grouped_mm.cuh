@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows times the matrix of their expert, and the gradient of the rows.
+// Rows times the matrix of their expert, and the gradient of the rows: one kernel, compiled for the
+// two directions in units of their own (each takes gigabytes to compile).
+#pragma once
 #include "cuda/device/gemm/epilogue.cuh"
 #include "cuda/device/gemm/launch.cuh"
 #include "cuda/device/gemm/loaders.cuh"
@@ -8,7 +10,6 @@
 #include "unipool/experts.h"
 
 namespace unipool {
-namespace {
 
 // out[r] = a[r] b[e]^T if the tile takes B K-major, a[r] b[e] if not: the matrix is the same, read
 // along its rows or across them.
@@ -99,16 +100,6 @@ cudaError_t launch_product(const GroupedMmArgs& args, cudaStream_t stream) {
       return launch_instance<Chosen, fast>(args, stream);
     });
   });
-}
-
-}  // namespace
-
-cudaError_t launch_grouped_mm(const GroupedMmArgs& args, cudaStream_t stream) {
-  return launch_product<Major::kK>(args, stream);
-}
-
-cudaError_t launch_grouped_mm_bwd_a(const GroupedMmArgs& args, cudaStream_t stream) {
-  return launch_product<Major::kMn>(args, stream);
 }
 
 }  // namespace unipool

@@ -6,6 +6,7 @@
 #include "cuda/device/gemm/launch.cuh"
 #include "cuda/device/gemm/loaders.cuh"
 #include "cuda/device/gemm/mainloop.cuh"
+#include "cuda/device/gemm/slots.cuh"
 #include "cuda/device/warp.cuh"
 #include "unipool/experts.h"
 
@@ -23,21 +24,33 @@ struct RowAddresses {
 
 // In the workspace. starts[s][e]: rows of e in the segments before s.
 struct MergedPlan {
-  RowAddresses* rows;  // [total rows]
-  int32_t* offsets;    // [M + 1]
+  uint4* zeros;  // a row of zeros: both operands of a row whose slot is none of its segment's
+  int zero_chunks;
+  int total;           // rows of all segments
+  RowAddresses* rows;  // [total]
+  int32_t* offsets;    // [M + 1], all <= total
   int32_t* starts;     // [segments, M]
 
-  static size_t bytes(int64_t total_rows, int experts) {
-    return sizeof(RowAddresses) * total_rows +
+  static int chunks(int64_t row_bytes) { return int(ceil_div(row_bytes, int64_t(kVectorBytes))); }
+  static size_t bytes(int64_t total_rows, int experts, int64_t row_bytes) {
+    return sizeof(uint4) * chunks(row_bytes) + sizeof(RowAddresses) * total_rows +
            sizeof(int32_t) * (size_t(experts) * (1 + kMaxWgradSegments) + 1);
   }
-  MergedPlan(void* workspace, int64_t total_rows, int experts)
-      : rows(static_cast<RowAddresses*>(workspace)),
+  MergedPlan(void* workspace, int64_t total_rows, int experts, int64_t row_bytes)
+      : zeros(static_cast<uint4*>(workspace)),
+        zero_chunks(chunks(row_bytes)),
+        total(int(total_rows)),
+        rows(reinterpret_cast<RowAddresses*>(zeros + zero_chunks)),
         offsets(reinterpret_cast<int32_t*>(rows + total_rows)),
         starts(offsets + experts + 1) {}
 };
 
-// One block, one thread an expert. Reads the offsets of all segments.
+// The end of a segment's experts before e, which is at most its number of rows.
+__device__ __forceinline__ int bounded_offset(const WgradSegment& segment, int e) {
+  return min(max(__ldg(segment.offsets + e), 0), int(segment.rows));
+}
+
+// One block, one thread per expert. Reads the offsets of all segments.
 __global__ __launch_bounds__(kExpertLimit) void merge_offsets_kernel(
     const __grid_constant__ GroupedWgradArgs args, const MergedPlan plan) {
   UNIPOOL_SHARED_ARRAY(int32_t, kWarp, warp_sums);
@@ -47,38 +60,44 @@ __global__ __launch_bounds__(kExpertLimit) void merge_offsets_kernel(
 #pragma unroll 4
   for (int s = 0; s < args.count; ++s) {
     if (!exists) continue;
-    const int32_t* offsets = args.segments[s].offsets;
+    const WgradSegment& segment = args.segments[s];
     plan.starts[s * args.experts + e] = count;
-    count += __ldg(offsets + e + 1) - __ldg(offsets + e);
+    count += max(bounded_offset(segment, e + 1) - bounded_offset(segment, e), 0);
   }
   int warp_total;
   int first = exclusive_scan(count, lane, warp_total);
   if (lane == 0) warp_sums[warp] = warp_total;
   __syncthreads();
   for (int w = 0; w < warp; ++w) first += warp_sums[w];
-  if (exists) plan.offsets[e] = first;
-  if (e == args.experts - 1) plan.offsets[args.experts] = first + count;
+  if (exists) plan.offsets[e] = min(first, plan.total);
+  if (e == args.experts - 1) plan.offsets[args.experts] = min(first + count, plan.total);
+  for (int i = e; i < plan.zero_chunks; i += kExpertLimit) plan.zeros[i] = uint4{};
 }
 
-// One thread a row of segment blockIdx.y: finds its expert, and from it the row's place. Reads at
-// most 4 bytes a row and the offsets, writes 16 bytes.
+// One thread per row of segment blockIdx.y: finds its expert, and from it the row's place. Reads at
+// most 4 bytes per row and the offsets, writes 16 bytes.
 __global__ __launch_bounds__(kFillThreads) void fill_rows_kernel(
     const __grid_constant__ GroupedWgradArgs args, const MergedPlan plan) {
   const WgradSegment& segment = args.segments[blockIdx.y];
   const int64_t row = int64_t(blockIdx.x) * kFillThreads + threadIdx.x;
-  if (row >= __ldg(segment.offsets + args.experts)) return;
+  if (row >= bounded_offset(segment, args.experts)) return;
   int expert = 0;
   for (int end = args.experts; end - expert > 1;) {  // offsets[expert] <= row < offsets[end]
     const int middle = (expert + end) / 2;
-    (__ldg(segment.offsets + middle) <= row ? expert : end) = middle;
+    (bounded_offset(segment, middle) <= row ? expert : end) = middle;
   }
-  const int slot = segment.order == nullptr ? 0 : __ldg(segment.order + row);
+  const int64_t at = int64_t(plan.offsets[expert]) +
+                     plan.starts[int(blockIdx.y) * args.experts + expert] + row -
+                     bounded_offset(segment, expert);
+  if (at >= plan.total) return;
+  const int slot = segment.order == nullptr ? 0 : checked_index(segment.order, row, segment.rows);
+  if (slot < 0) {
+    plan.rows[at] = {plan.zeros, plan.zeros};
+    return;
+  }
   const int64_t grad_row = args.grad_top_k > 0 ? slot / args.grad_top_k : row;
   const int64_t input_row = args.input_top_k > 0 ? slot / args.input_top_k : row;
   const int64_t size = size_of(args.dtype);
-  const int64_t at = int64_t(plan.offsets[expert]) +
-                     plan.starts[int(blockIdx.y) * args.experts + expert] + row -
-                     __ldg(segment.offsets + expert);
   plan.rows[at] = {static_cast<const char*>(segment.grad) + grad_row * args.n * size,
                    static_cast<const char*>(segment.input) + input_row * args.k * size};
 }
@@ -166,8 +185,8 @@ bool is_vector(const GroupedWgradArgs& args) {
 
 }  // namespace
 
-size_t grouped_wgrad_workspace_bytes(int64_t total_rows, int experts) {
-  return MergedPlan::bytes(total_rows, experts);
+size_t grouped_wgrad_workspace_bytes(int64_t total_rows, int experts, int64_t row_bytes) {
+  return MergedPlan::bytes(total_rows, experts, row_bytes);
 }
 
 cudaError_t launch_grouped_wgrad(const GroupedWgradArgs& args, cudaStream_t stream) {
@@ -185,7 +204,8 @@ cudaError_t launch_grouped_wgrad(const GroupedWgradArgs& args, cudaStream_t stre
   int tile;
   cudaError_t error = gemm_tile(problem, args.tile, &tile);
   if (error != cudaSuccess) return error;
-  const MergedPlan plan(args.workspace, rows, args.experts);
+  const int64_t row_bytes = std::max(args.n, args.k) * int64_t(size_of(args.dtype));
+  const MergedPlan plan(args.workspace, rows, args.experts, row_bytes);
   error = launch_plan(args, plan, stream);
   if (error != cudaSuccess) return error;
   return for_dtype(args.dtype, [&](auto type) {

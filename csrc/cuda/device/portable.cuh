@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -15,10 +16,11 @@
 
 namespace unipool {
 
-// The block's dynamic shared memory, of which it uses `count` T's.
+// The block's dynamic shared memory, of which it uses `count` T's. 128 bytes, once through all
+// banks, are what the swizzled tiles of mma.sync are aligned to; static arrays are padded to them.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared(size_t /*count*/) {
-  extern __shared__ __align__(1024) unsigned char dynamic_shared_bytes[];
+  extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
   return reinterpret_cast<T*>(dynamic_shared_bytes);
 }
 
@@ -36,17 +38,36 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
 }
 
-// Blocks of a kernel that one multiprocessor holds at once. The kernel may use all the shared
-// memory that a block can opt in to: once set, that stays, whichever thread launches it next.
+constexpr int kKnownDevices = 64;  // of which a kernel's facts are kept
+
+// Blocks of a kernel, of `threads` threads and `smem` bytes of dynamic shared memory, that one
+// multiprocessor holds at once; 0 if a block does not fit. The kernel may then use all the shared
+// memory that its static arrays leave of what a block can opt in to: the same limit for every
+// launch, so that threads do not lower each other's. Asked of the runtime once a device, and again
+// when `smem` changes.
 template <auto kKernel>
 cudaError_t resident_blocks(int threads, size_t smem, int* blocks) {
-  int limit;
-  cudaError_t error = device_attribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-  }
+  static std::atomic<uint64_t> known[kKnownDevices];  // smem + 1 and, in the low byte, blocks
+  int device, optin;
+  cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kKernel, threads, smem);
+  const bool kept = device < kKnownDevices;
+  if (const uint64_t last = kept ? known[device].load() : 0; last >> 8 == smem + 1) {
+    *blocks = int(last & 0xff);
+    return cudaSuccess;
+  }
+  cudaFuncAttributes facts;
+  error = cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&facts, kKernel);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 optin - int(facts.sharedSizeBytes));
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kKernel, threads, smem);
+  }
+  if (error == cudaSuccess && kept) known[device].store((smem + 1) << 8 | uint64_t(*blocks));
+  return error;
 }
 
 }  // namespace unipool

@@ -89,6 +89,7 @@ struct ExpertInputBwdArgs {
   int tile;
 };
 
+// 5 KiB of kernel parameters; more than 4 KiB need CUDA 12.1.
 constexpr int kMaxWgradSegments = 128;
 
 // The rows of one layer: row r of an operand is its row r (its top_k 0) or that of token
@@ -118,7 +119,8 @@ struct GroupedWgradArgs {
 };
 
 size_t expert_hidden_bwd_workspace_bytes(int64_t rows, int64_t d_ff);
-size_t grouped_wgrad_workspace_bytes(int64_t total_rows, int experts);
+// row_bytes: of the longer of an input row and a gradient row
+size_t grouped_wgrad_workspace_bytes(int64_t total_rows, int experts, int64_t row_bytes);
 
 cudaError_t launch_grouped_mm(const GroupedMmArgs& args, cudaStream_t stream);
 cudaError_t launch_grouped_mm_bwd_a(const GroupedMmArgs& args, cudaStream_t stream);

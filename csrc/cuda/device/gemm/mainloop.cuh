@@ -32,7 +32,8 @@ __device__ __forceinline__ void multiply(typename Tile::T* smem, LoaderA& load_a
   Tensor from_b = copy_b.get_slice(threadIdx.x).partition_S(sB);
   Tensor to_a = copy_a.get_slice(threadIdx.x).retile_D(rA);
   Tensor to_b = copy_b.get_slice(threadIdx.x).retile_D(rB);
-  constexpr int kBlocks = size<2>(to_a);         // what is copied at once
+  constexpr int kBlocks = size<2>(to_a);  // what is copied at once
+  static_assert(kBlocks > 1, "the loop loads into a stage that its first block no longer reads");
   constexpr int kAtoms = size<2>(rA) / kBlocks;  // MMA atoms along K in a block
   const auto fetch = [&](int block, int stage) {
     copy(copy_a, from_a(_, _, block, stage), to_a(_, _, block));
