@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rehearsal import is_rehearsal
 
 import unipool
 
@@ -87,6 +88,41 @@ def _seconds(way: Callable[[], object], calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
+FLUSH_BYTES = 256 * 10**6  # more than any GPU's L2
+
+
+def interleave_on_gpu(
+    ways: dict[str, Callable[[], object]], *, warmup: int, runs: int
+) -> tuple[list[Timing], float]:
+    """CUDA events around one call of a way, in turn, each with an L2 that holds nothing of it and
+    nothing to be written back: it is filled by reading. Also the share of the GPU's time that the
+    host needed to enqueue it all: only well below 1 was the GPU never idle inside a call."""
+    elements = FLUSH_BYTES // 4 if not is_rehearsal() else 4
+    flush = torch.zeros(elements, device="cuda")
+    for way in ways.values():
+        for _ in range(warmup):
+            way()
+    torch.cuda.synchronize()
+    pairs: dict[str, list] = {name: [] for name in ways}
+    host = time.perf_counter()
+    for _ in range(runs):
+        for name, way in ways.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.sum()
+            start.record()
+            way()
+            end.record()
+            pairs[name].append((start, end))
+    host = time.perf_counter() - host
+    torch.cuda.synchronize()
+    found = [
+        _summary(name, [1e-3 * start.elapsed_time(end) for start, end in events])
+        for name, events in pairs.items()
+    ]
+    first, last = next(iter(pairs.values()))[0][0], list(pairs.values())[-1][-1][1]
+    return found, host / (1e-3 * first.elapsed_time(last))
+
+
 def _summary(name: str, seconds: list[float]) -> Timing:
     deciles = statistics.quantiles(seconds, n=10)
     return Timing(name, statistics.median(seconds), deciles[0], deciles[-1], len(seconds))
@@ -94,6 +130,10 @@ def _summary(name: str, seconds: list[float]) -> Timing:
 
 def environment() -> dict:
     """What a figure depends on and must be told with it."""
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        gpu["rehearsal"] = is_rehearsal()
     return {
         "unipool": unipool.__version__,
         "torch": torch.__version__,
@@ -101,6 +141,7 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "processor": _processor(),
+        **gpu,
     }
 
 
@@ -113,8 +154,9 @@ def _processor() -> str:
     return platform.processor()
 
 
-def write_json(path: Path, results: list[dict]) -> None:
-    document = {"environment": environment(), "results": results}
+def write_json(path: Path, results: list[dict], **more: object) -> None:
+    """Called after each result: a program that is stopped loses only what it had not done."""
+    document = {"environment": environment(), **more, "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
 
