@@ -20,6 +20,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,6 +43,8 @@ SECONDS = 530  # of the whole check
 LEAST_SECONDS = 5  # with less left, a step is not started
 REHEARSAL_CASES = ("one_token", "dropped")
 SANITIZERS = {"memcheck": 45, "racecheck": 45, "initcheck": 30, "synccheck": 30}
+SANITIZER_ERROR = 9  # exit status
+OUR_KERNEL = re.compile(r"^=+ +at .*\bunipool::", re.MULTILINE)  # where an error was found
 # What the tools say where they cannot look into the GPU: no fault of a kernel.
 NO_TOOL = ("Device not supported", "Failed to initialize the profiler", "ERR_NVGPUCTRPERM")
 SMI_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm",
@@ -68,6 +71,7 @@ class Step:
     needed: bool = False  # nothing after it makes sense without it
     expect: str = ""  # what the log has to say
     tool: bool = False  # runs under a tool that may not work on this machine
+    ours_only: bool = False  # a sanitizer's errors count in our kernels only
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -100,6 +104,8 @@ def verdict(step: Step, code: int | None, limit: float, log: str) -> tuple[str, 
             return "not run", f"does not work here: {reason.strip()[:100]}"
     if code is None:
         return "failed", f"stopped after {limit:.0f} s; {detail}"
+    if step.ours_only and code == SANITIZER_ERROR and not OUR_KERNEL.search(log):
+        return "passed", f"none in a kernel of unipool; {detail}"
     if code != 0:
         return "failed", f"exit status {code}; {detail}"
     if step.expect not in log:
@@ -242,7 +248,7 @@ def test_steps(out: Path, rehearse: bool, workers: int) -> list[Step]:
         else:
             files.append(path.relative_to(ROOT))
     which = "cuda and one_token" if rehearse else "cuda or test_large.py"
-    parallel = ("-n", workers) if find_spec("xdist") else ()
+    parallel = ("-n", workers) if workers > 1 and find_spec("xdist") else ()
     command = (sys.executable, "-m", "pytest", "-q", "-k", which, "-p", "no:cacheprovider",
                *parallel, "--junitxml", out / "tests.xml", *files)  # fmt: skip
     # Nothing is compiled in this step.
@@ -256,16 +262,22 @@ def sanitizer_steps(rehearse: bool) -> list[Step]:
     if rehearse:
         why_not = "a sanitizer cannot look into a software GPU"
     steps = []
+    only_ours = ("--kernel-regex", "kns=unipool")
+    more = {
+        "memcheck": ("--report-api-errors", "no"),  # PyTorch makes calls that may fail
+        "racecheck": only_ours,
+        "initcheck": ("--print-limit", 10000),  # it has to see what other kernels write
+        "synccheck": only_ours,
+    }
     for tool, seconds in SANITIZERS.items():
-        # PyTorch probes the driver with calls that may fail.
-        options = ("--report-api-errors", "no") if tool == "memcheck" else ()
-        command = (program, "--tool", tool, "--error-exitcode", 9, *options,
+        command = (program, "--tool", tool, "--error-exitcode", SANITIZER_ERROR, *more[tool],
                    sys.executable, BENCH / "gpu_smoke.py", "--few")  # fmt: skip
         # Each allocation on its own: a row past a tensor's end is past an allocation's end.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         steps.append(
-            Step(tool, seconds, command, why_not, expect="SUMMARY: 0", tool=True, environment=alone)
-        )
+            Step(tool, seconds, command, why_not, expect="SUMMARY: 0", tool=True,
+                 ours_only=tool == "initcheck", environment=alone)
+        )  # fmt: skip
     return steps
 
 
@@ -335,10 +347,11 @@ def plan(out: Path, prebuilt: bool, rehearse: bool, package: Path) -> list[Step]
                           environment=gpu_package.build_environment()))  # fmt: skip
     smoke = (sys.executable, BENCH / "gpu_smoke.py", "--json", out / "smoke.json")  # fmt: skip
     steps.append(Step("smoke", 120, smoke, first=True))
-    workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if not rehearse else 2
+    workers = 1 if rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
     steps += test_steps(out, rehearse, workers)
-    return [*steps, *sanitizer_steps(rehearse), *bench_steps(out, rehearse),
-            ncu_step(out, rehearse)]  # fmt: skip
+    steps += [*sanitizer_steps(rehearse), *bench_steps(out, rehearse), ncu_step(out, rehearse)]
+    # A rehearsal takes seconds a step, but its machine may be busy.
+    return [replace(step, seconds=2 * step.seconds) for step in steps] if rehearse else steps
 
 
 # --- where it runs

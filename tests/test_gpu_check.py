@@ -137,6 +137,21 @@ def test_how_steps_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "bad               failed         0 s  exit status 7; broken" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("place", "status"), [("at::native::fill<float>", "passed"), ("unipool::k<float>", "failed")]
+)
+def test_errors_of_initcheck_count_in_our_kernels_only(place: str, status: str) -> None:
+    log = (
+        "========= Uninitialized __global__ memory read of size 4 bytes\n"
+        f"=========     at void {place}(float*)+0x10\n"
+        "=========         Host Frame: unipool::permute in libunipool_cuda.so\n"
+        "========= ERROR SUMMARY: 1 error\n"
+    )
+    step = Step("initcheck", expect="SUMMARY: 0", tool=True, ours_only=True)
+    assert gpu_check.verdict(step, 9, 30, log)[0] == status
+    assert gpu_check.verdict(step, 1, 30, log)[0] == "failed"
+
+
 def test_time_that_is_over_is_no_failure(tmp_path: Path) -> None:
     check = Check(tmp_path, gpu_check.LEAST_SECONDS + 1, ABOUT)
     check.run([shell("first", "sleep 2"), shell("late", "true")])
