@@ -9,10 +9,10 @@ Builds the ops (or takes DIR/lib/libunipool_{cpu,cuda}.so and compiles nothing),
 once (smoke, two minutes at most), the tests of cuda, compute-sanitizer, and the benchmarks. Each
 step has a time limit; together they keep to --seconds, and what a step leaves goes to those after
 it. OUT gets JSON and logs; OUT/summary.json says how each step ended and is written again after
-each: passed, failed, not run (a tool is missing) or not started (the time was over). A run on a
-real GPU ends with the rows of docs/hardware.md, in the page itself if OUT is in bench/results, else
-in OUT/hardware.md. Exit status: 0 if nothing failed, 1 if something did, 3 if something was not
-started, 2 for a wrong call or no GPU.
+each: passed, failed, stopped (at its limit; what it had written stays), not run (a tool is missing)
+or not started (the time was over). A run on a real GPU ends with the rows of docs/hardware.md, in
+the page itself if OUT is in bench/results, else in OUT/hardware.md. Exit status: 0 if all is well,
+1 if a step failed, 3 if one was stopped or not started, 2 for a wrong call or no GPU.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def verdict(step: Step, code: int | None, limit: float, log: str) -> tuple[str, 
         for reason in (line for line in log.splitlines() if any(sign in line for sign in NO_TOOL)):
             return "not run", f"does not work here: {reason.strip()[:100]}"
     if code is None:
-        return "failed", f"stopped after {limit:.0f} s; {detail}"
+        return "stopped", f"after {limit:.0f} s; {detail}"
     if step.ours_only and code == SANITIZER_ERROR and not OUR_KERNEL.search(log):
         return "passed", f"none in a kernel of unipool; {detail}"
     if code != 0:
@@ -171,22 +171,26 @@ class Check:
     def run_one(self, step: Step, outcome: Outcome, limit: float) -> None:
         print(f"gpu_check: {step.name} (at most {limit:.0f} s)", flush=True)
         begin = self.spent
-        outcome.status, outcome.detail = "failed", "stopped from outside"
+        outcome.status, outcome.detail = "stopped", "from outside"
         try:
             outcome.status, outcome.detail = run_step(step, limit, self.out / f"{step.name}.log")
         finally:
             outcome.seconds = round(self.spent - begin)
             self.write()
 
-    def has(self, status: str) -> bool:
-        return any(outcome.status == status for outcome in self.outcomes)
+    def has(self, *statuses: str) -> bool:
+        return any(outcome.status in statuses for outcome in self.outcomes)
+
+    @property
+    def unfinished(self) -> bool:
+        return self.has("stopped", "not started")
 
     def write(self) -> None:
         summary = {
             **self.about,
             "seconds": round(self.spent),
             "passed": not self.has("failed"),
-            "complete": not self.has("not started"),
+            "complete": not self.unfinished,
             "steps": [asdict(outcome) for outcome in self.outcomes],
         }
         (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -204,7 +208,7 @@ class Check:
 
     @property
     def exit_status(self) -> int:
-        return 1 if self.has("failed") else 3 if self.has("not started") else 0
+        return 1 if self.has("failed") else 3 if self.unfinished else 0
 
 
 # --- the plan

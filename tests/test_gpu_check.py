@@ -122,7 +122,7 @@ def test_how_steps_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert outcomes(check) == {
         "good": ("passed", 'all "well"'),
         "bad": ("failed", "exit status 7; broken"),
-        "slow": ("failed", "stopped after 1 s; begun"),
+        "slow": ("stopped", "after 1 s; begun"),
         "silent": ("failed", "its log does not say 'SUMMARY: 0'; nothing"),
         "clean": ("passed", "=== ERROR SUMMARY: 0 errors"),
         "blind": ("not run", "does not work here: Device not supported"),
@@ -130,7 +130,7 @@ def test_how_steps_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         "environment": ("passed", "hello"),
     }
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["gpu"], summary["passed"], summary["complete"]) == ("NVIDIA X", False, True)
+    assert (summary["gpu"], summary["passed"], summary["complete"]) == ("NVIDIA X", False, False)
     assert [s["status"] for s in summary["steps"]] == [o.status for o in check.outcomes]
     assert check.exit_status == 1
     check.print_table()
@@ -161,6 +161,15 @@ def test_time_that_is_over_is_no_failure(tmp_path: Path) -> None:
     }
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["passed"], summary["complete"], check.exit_status) == (True, False, 3)
+
+
+def test_a_step_that_was_stopped_is_no_failure(tmp_path: Path) -> None:
+    """What a benchmark had written stays."""
+    check = Check(tmp_path, 100, ABOUT)
+    check.run([shell("bench", f"echo 1 > {tmp_path}/bench.json; sleep 30", seconds=1)])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["passed"], summary["complete"], check.exit_status) == (True, False, 3)
+    assert (tmp_path / "bench.json").exists()
 
 
 def test_nothing_starts_without_what_it_needs(tmp_path: Path) -> None:
@@ -203,7 +212,7 @@ def test_a_run_that_is_stopped_says_so_and_leaves_nothing_behind(tmp_path: Path)
     steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
     assert [(s["status"], s["detail"]) for s in steps] == [
         ("passed", ""),
-        ("failed", "stopped from outside"),
+        ("stopped", "from outside"),
         ("not started", ""),
     ]
     with pytest.raises(ProcessLookupError):
@@ -612,6 +621,17 @@ def test_times_of_a_cuda_call_are_taken_by_events() -> None:
     assert [(t.name, t.runs) for t in found] == [("a", 3), ("b", 3)]
     assert all(t.median >= 0 for t in found)
     assert host_share > 0
+
+
+def test_relative_error_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "PIECE", 7)
+    wanted = torch.randn(5, 9)
+    got = wanted + 0.01 * torch.randn(5, 9)
+    error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+    assert harness.relative_error(got, wanted) == pytest.approx(error.item(), rel=1e-12)
+    assert harness.relative_error(wanted.bfloat16(), wanted.bfloat16()) == 0
+    with pytest.raises(ValueError, match=r"shapes \[5, 9\] and \[1, 9\]"):
+        harness.relative_error(got, wanted[:1])
 
 
 def test_compare_tensors() -> None:
