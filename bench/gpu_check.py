@@ -459,9 +459,9 @@ def chosen(steps: list[Step], only: list[str]) -> list[Step]:
 
 def write_docs(out: Path) -> None:
     """The rows of docs/hardware.md, of a real GPU only."""
-    command = [sys.executable, BENCH / "hardware_table.py", out]
-    if (BENCH / "results") not in out.parents:
-        command += ["--to", out / "hardware.md"]
+    command = [sys.executable, BENCH / "hardware_table.py"]
+    if out.parent != BENCH / "results":
+        command += [out, "--to", out / "hardware.md"]
     subprocess.run(list(map(str, command)), check=False)
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the GPU column of docs/hardware.md from the results of bench/gpu_check.sh.
 
-    python bench/hardware_table.py RUN ... [--to FILE]
+    python bench/hardware_table.py [RUN ...] [--to FILE]
 
-RUN is a folder with summary.json and smoke.json. An op's cell names GPU, driver and commit, and
-what smoke, tests and sanitizers said. A rehearsal is refused: it says nothing about a GPU.
+RUN is a folder with summary.json and smoke.json; without one, all in bench/results. An op's cell
+names GPU, driver and commit, and what smoke, tests and sanitizers said. A rehearsal is refused: it
+says nothing about a GPU.
 """
 
 import argparse
@@ -97,14 +98,14 @@ def updated(page: str, runs: list[Run]) -> str:
     """The page with the last column of its table of kernels filled from `runs`."""
     lines, inside, found = [], False, False
     for line in page.splitlines():
-        cells = [text.strip() for text in line.strip().strip("|").split("|")]
-        if line.startswith("|") and cells[-1] == COLUMN:
+        before, _, last = line.rstrip().removesuffix("|").rpartition("|")
+        if line.startswith("|") and last.strip() == COLUMN:
             inside = found = True
         elif not line.startswith("|"):
             inside = False
-        elif inside and not set(cells[-1]) <= set("-: "):
-            ops = re.findall(r"`(\w+)`", cells[0])
-            line = "| " + " | ".join([*cells[:-1], cell(runs, ops)]) + " |"
+        elif inside and not set(last) <= set("-: "):
+            ops = re.findall(r"`(\w+)`", line.split("|")[1])
+            line = f"{before}| {cell(runs, ops)} |"
         lines.append(line)
     if not found:
         raise RefusedError(f"the page has no table with the column '{COLUMN}'")
@@ -117,11 +118,12 @@ def committed_runs(results: Path = ROOT / "bench" / "results") -> list[Run]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="+", help="folders of gpu_check")
+    parser.add_argument("run", type=Path, nargs="*", help="folders of gpu_check")
     parser.add_argument("--to", type=Path, default=PAGE, help="where the page goes")
     arguments = parser.parse_args()
     try:
-        page = updated(PAGE.read_text(), [load(folder) for folder in arguments.run])
+        runs = [load(folder) for folder in arguments.run] or committed_runs()
+        page = updated(PAGE.read_text(), runs)
     except RefusedError as error:
         sys.exit(f"hardware_table: {error}")
     arguments.to.write_text(page)
