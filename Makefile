@@ -15,7 +15,7 @@ help:
 	@echo "make demo          train and compare three small models (10 minutes on 2 cores)"
 	@echo "make test          run the test suite"
 	@echo "make bench         time the ops against PyTorch's own operations"
-	@echo "make kernels       compile the CUDA kernels and list their registers (needs nvcc)"
+	@echo "make kernels       compile the CUDA kernels, list and check what they take (needs nvcc)"
 	@echo "make doctor        say what is installed, loaded and working"
 	@echo "make format        format all sources; make format-check only looks"
 
@@ -62,11 +62,13 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Compiles every CUDA file, with or without a CUDA torch, and links nothing.
+# Compiles every CUDA file, with or without a CUDA torch, and links nothing. The objects, in
+# build/kernels, are those of the op library.
 kernels: $(VENV)/installed
 	@command -v nvcc >/dev/null || { echo "unipool: make kernels needs nvcc: install the CUDA toolkit"; exit 1; }
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/kernels -GNinja --log-level=NOTICE \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DUNIPOOL_CUDA=KERNELS
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/kernels --target unipool_kernels unipool_cuda --clean-first \
 	  > build/kernels/log.txt 2>&1 || { cat build/kernels/log.txt; exit 1; }
-	@$(BIN)/python profiling/kernel_table.py build/kernels/log.txt --max-spill $(MAX_SPILL)
+	@$(BIN)/python profiling/kernel_table.py build/kernels/log.txt --max-spill $(MAX_SPILL) \
+	  --objects $$(find build/kernels -name '*.cu.o')

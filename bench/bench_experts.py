@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Levels L0 and L1: the expert products one by one, and one layer forward and backward.
 
-    python bench/bench_experts.py [--device cuda] [--json FILE] [--runs N]
+    python bench/bench_experts.py [--device cuda] [--json FILE] [--runs N] [--rehearse]
+    python bench/bench_experts.py --once SHAPE      each product once, for a profiler
 
 L0 times the raw ops of a layer; its floor is max(FLOPs / 989 TFLOP/s, bytes / 3.35 TB/s) of an H100
 by datasheet, whatever GPU runs it. L1 times a layer with its gradients against torch's grouped_mm
-with compiled glue, an eager loop over experts, and dense matmuls of equal FLOPs as the bound. Every
-way's output and gradients are compared, at full size, before anything is timed. The routing is
-uniform and given; operands are bfloat16. --device cpu runs everything once on a small shape.
+with compiled glue (eager without triton), an eager loop over experts, and dense matmuls of equal
+FLOPs as the bound; its floor is the sum of the passes'. Every way's output and gradients are
+compared, at full size, before anything is timed. The routing is uniform and given; operands are
+bfloat16. --device cpu and --rehearse run everything on a small shape.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import tile_efficiency
 import torch
-from bench_kernels import time_on_gpu
 from bench_ops import grouped_mm_layer
-from harness import Timing, interleave, relative_error, require_device, write_json
+from harness import (
+    Timing,
+    interleave,
+    interleave_on_gpu,
+    relative_error,
+    require_device,
+    write_json,
+)
 from tile_efficiency import Product, Shape, as_pass, floor_of, layer_products, wgrad_products
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,7 +101,7 @@ def products_of(shape: Shape, counts: Tensor) -> dict[str, list[Product]]:
 
 def time_way(name: str, way: Callable[[], object], runs: int, device: str) -> Timing:
     if device == "cuda":
-        return time_on_gpu(name, way, runs)[0]
+        return interleave_on_gpu({name: way}, warmup=10, runs=runs)[0][0]
     return interleave({name: way}, warmup=0, runs=runs)[0]
 
 
@@ -138,13 +147,14 @@ def bench_products(shape: Shape, i: dict[str, Tensor], runs: int, device: str) -
 
 
 def eager_loop(x: Tensor, routing: ops.Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Expert by expert, as most model code has it."""
+    """Expert by expert, as most model code has it; the pool is taken apart once, so that the
+    backward pass does not make a gradient of the whole pool for each expert."""
     y = torch.zeros_like(x, dtype=torch.float32)
-    for e in range(gate_up.shape[0]):
+    for e, (into, back) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         token, slot = (routing.experts == e).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
-        out = F.linear(F.silu(gate) * up, down[e])
-        y = y.index_add(0, token, out * routing.weights[token, slot, None])
+        gate, up = F.linear(x[token], into).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, back)
+        y.index_add_(0, token, out * routing.weights[token, slot, None])
     return y.to(x.dtype)
 
 
@@ -186,33 +196,48 @@ def check(ways: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
                 raise RuntimeError(f"{name}: {what}: relative error {error:.2e}, not timed")
 
 
-def bench_layer(
-    shape: Shape, i: dict[str, Tensor], runs: int, device: str, compiler: str
-) -> list[dict]:
+def bench_layer(ways: dict[str, Callable], floor: float, runs: int, device: str) -> list[dict]:
+    timings = interleave(ways, warmup=2, runs=runs, device=device)
+    for t in timings:
+        print(
+            f"  {t}  {t.median / timings[0].median:6.2f}x ours  floor {1e3 * floor:.3f} ms, "
+            f"{floor / t.median:.0%} of it"
+        )
+    return [asdict(t) | {"floor_seconds": floor} for t in timings]
+
+
+def layer_ways(shape: Shape, i: dict[str, Tensor], device: str, compiler: str) -> dict:
+    """Name -> a step. All but the last have been compared."""
     compiled = torch.compile(grouped_mm_layer, backend=compiler, dynamic=False)
+    glue = "compiled" if compiler == "inductor" else "eager"
     layers = {
         "unipool": ops.expert_mlp,
-        "grouped_mm, compiled glue": compiled,
+        f"grouped_mm, {glue} glue": compiled,
         "eager loop": eager_loop,
     }
     ways = {name: layer_step(layer, i) for name, layer in layers.items()}
     check(ways)
-    ways["dense matmul, equal FLOPs"] = dense(shape, device)
-    timings = interleave(ways, warmup=2, runs=runs, device=device)
-    for t in timings:
-        print(f"  {t}  {t.median / timings[0].median:6.2f}x ours")
-    return [asdict(t) for t in timings]
+    return ways | {"dense matmul, equal FLOPs": dense(shape, device)}
 
 
 def bench(shape: Shape, runs: int, device: str, compiler: str = "inductor") -> dict:
     print(f"\n{shape.name}  T={shape.tokens} D={shape.d_model} F={shape.d_ff} M={shape.experts} "
           f"k={shape.top_k}")  # fmt: skip
     inputs = make_inputs(shape, device)
-    layer = bench_layer(shape, inputs, min(runs, 20), device, compiler)
     with torch.no_grad():
-        detached = {name: t.detach() for name, t in inputs.items()}
-        products = bench_products(shape, detached, runs, device)
+        products = bench_products(shape, inputs, runs, device)
+    floor = sum(passed["floor_seconds"] for passed in products)
+    ways = layer_ways(shape, inputs, device, compiler)
+    layer = bench_layer(ways, floor, min(runs, 20), device)
     return {**vars(shape), "products": products, "layer": layer}
+
+
+def run_once(shape: Shape) -> None:
+    """Each product once, for a profiler to look at."""
+    with torch.no_grad():
+        for way in raw_calls(shape, make_inputs(shape, "cuda")).values():
+            way()
+    torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -220,18 +245,26 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--runs", type=int, default=50, help="counted runs of a call")
+    parser.add_argument("--rehearse", action="store_true", help="a small shape, two runs")
+    parser.add_argument("--once", choices=[shape.name for shape in SHAPES], help="time nothing")
     arguments = parser.parse_args()
     require_device(arguments.device)
-    if arguments.device == "cpu":
-        results = [bench(SMALL, arguments.runs, "cpu", compiler="eager")]
-    else:
+    if arguments.once:
+        run_once(next(shape for shape in SHAPES if shape.name == arguments.once))
+        return
+    small = arguments.rehearse or arguments.device == "cpu"
+    runs = 2 if arguments.rehearse else arguments.runs
+    compiler = "inductor" if find_spec("triton") and not small else "eager"
+    if arguments.device == "cuda":
         print(torch.cuda.get_device_name())
-        results = [bench(shape, arguments.runs, "cuda") for shape in SHAPES]
+    results: list[dict] = []
+    for shape in [SMALL] if small else SHAPES:
+        results.append(bench(shape, runs, arguments.device, compiler))
+        if arguments.json:
+            write_json(arguments.json, results)
     short = [p for r in results for p in r["products"] if p["verdict"] == "short"]
     count = sum(len(r["products"]) for r in results)
     print(f"\n{count} passes timed, {len(short)} fall short of their floor")
-    if arguments.json:
-        write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

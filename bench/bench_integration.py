@@ -8,7 +8,8 @@ A stack of a model's own MoE blocks (norm, router, experts, residual; no attenti
 weights, the same in all ways. Two cases: a training step, forward and backward over many tokens,
 and decoding, forward over a few. batched_mm copies the weights of every token's experts, so it is
 in the second only, where transformers itself prefers it on GPUs. All ways are compared with eager
-before anything is timed.
+before anything is timed. The floor of a pass is max(FLOPs / matmul rate, bytes / bandwidth), rates
+measured in turn with the ways; bytes: the experts that the tokens can reach, and the tokens.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from harness import Timing, as_result, interleave, require_close, require_device, write_json
+from pool_step import Rates, rate_ways, rates_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,7 +98,7 @@ class Blocks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for block in self.blocks:
-            h = F.rms_norm(y if self.chained else x, x.shape[-1:])
+            h = F.layer_norm(y if self.chained else x, x.shape[-1:])
             y = y + block(h)
         return y
 
@@ -142,12 +144,21 @@ def decoding_ways(stack: Blocks, x: Tensor) -> dict[str, Callable[[], dict[str, 
     return make_ways(stack, DECODE, run)
 
 
-def report(case: dict, timings: list[Timing]) -> dict:
+def floor_seconds(shape: Shape, tokens: int, passes: int, itemsize: int, rates: Rates) -> float:
+    """Of one block; passes: 3 with both gradients, else 1."""
+    flops = 6.0 * tokens * shape.top_k * shape.d_model * shape.d_ff
+    reached = min(shape.experts, tokens * shape.top_k)
+    numbers = 3 * shape.d_model * shape.d_ff * reached + 2 * tokens * shape.d_model
+    return passes * max(flops / rates.matmul, itemsize * numbers / rates.read)
+
+
+def report(case: dict, timings: list[Timing], floor: float) -> dict:
     ours = timings[0]
     print("\n" + "  ".join(f"{key}={value}" for key, value in case.items()))
     for t in timings:
-        print(f"  {t}  {t.median / ours.median:6.2f}x ours")
-    return as_result(case, timings, ratio_to_ours={t.name: t.median / ours.median for t in timings})
+        print(f"  {t}  {t.median / ours.median:6.2f}x ours  {t.median / floor:6.2f}x floor")
+    ratios = {t.name: t.median / ours.median for t in timings}
+    return as_result(case, timings, ratio_to_ours=ratios, floor=floor)
 
 
 def bench(name: str, dtype_name: str, arguments: argparse.Namespace) -> list[dict]:
@@ -163,11 +174,16 @@ def bench(name: str, dtype_name: str, arguments: argparse.Namespace) -> list[dic
         x = torch.randn(1, tokens, shape.d_model, device=device).to(dtype)
         ways = make(stack, x)
         check(f"{name} {what} {dtype_name}", stack, ways, BOUNDS[dtype_name])
-        timings = interleave(ways, warmup=1, runs=runs, device=device)
+        bounds = rate_ways(dtype, device)
+        timings = interleave(ways | bounds, warmup=1, runs=runs, device=device)
+        passes = 3 if what == "training step" else 1
+        rates = rates_of(timings, device)
+        floor = arguments.layers * floor_seconds(shape, tokens, passes, dtype.itemsize, rates)
+        timings = [t for t in timings if t.name in ways]
         case = {"case": f"{name} {what}", "dtype": dtype_name, "T": tokens, **asdict(shape)}
         case |= {"layers": arguments.layers, "transformers": transformers.__version__}
         case["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        results.append(report(case, timings))
+        results.append(report(case, timings, floor))
     return results
 
 
@@ -188,8 +204,9 @@ def main() -> None:
     for name in arguments.model:
         for dtype_name in arguments.dtype:
             results += bench(name, dtype_name, arguments)
-    if arguments.json:
-        write_json(arguments.json, results)
+            if arguments.json:
+                write_json(arguments.json, results)
+    print(f"\n{len(results)} cases timed")
 
 
 if __name__ == "__main__":

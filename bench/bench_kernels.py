@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Level L0: the router and dispatch kernels on a GPU, beside the bandwidth of a copy.
+"""Level L0: the router and dispatch kernels on a GPU, beside a copy of as many bytes.
 
-    python bench/bench_kernels.py [--json FILE] [--runs N]
+    python bench/bench_kernels.py [--json FILE] [--runs N] [--rehearse]
 
-CUDA events around one call, 256 MB written before each so that L2 holds nothing of it, medians
-[p10, p90]. Bytes by construction are what the kernels move to and from DRAM if nothing but the
-reuse named in docs/kernels.md hits a cache; GB/s, the share of the copy's bandwidth (measured here)
-and the floors refer to them. Necessary bytes are those that any implementation has to move. Every
-op is compared with the CPU, at fewer tokens, before anything is timed.
+CUDA events around one call, L2 flushed before each by reading 256 MB, medians [p10, p90], each
+call in turn with a copy of its bytes. Bytes by construction are what the kernels move to and from
+DRAM if nothing but the reuse named in docs/kernels.md hits a cache; GB/s and the share of the copy
+refer to them. Necessary bytes are those that any implementation has to move: over the bandwidth of
+a large copy, measured here, they are the floor. Every op is compared with the CPU, at fewer tokens,
+before anything is timed. --rehearse takes few tokens and runs, to show that the program works.
 """
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import Timing, environment, require_close, require_device
+from harness import interleave_on_gpu, require_close, require_device, write_json
 from torch import Tensor
 
 TOKENS, WIDTH, CHECK_TOKENS = 65536, 1024, 512
-WARM_UPS, FLUSH_BYTES, COPY_BYTES = 10, 256 * 10**6, 2**30
+WARM_UPS, COPY_BYTES = 10, 2**30
 ROUTER_BLOCKS = 3 * 132  # of the float32 layouts up to M = 384: one wave, three a multiprocessor
 PLAN_SPAN, PLAN_BLOCKS = 512, 4 * 132  # least slots of a block, most blocks
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -122,8 +120,8 @@ def _rows(rows: int, width: int) -> Tensor:
     return torch.randn(rows, width, dtype=torch.bfloat16)
 
 
-def router_calls(experts: int, top_k: int) -> list[Call]:
-    shape = {"T": TOKENS, "M": experts, "k": top_k}
+def router_calls(experts: int, top_k: int, tokens: int = TOKENS) -> list[Call]:
+    shape = {"T": tokens, "M": experts, "k": top_k}
     forward, backward = topk_bytes(*shape.values()), topk_bwd_bytes(*shape.values())
 
     def grads(tokens: int) -> Arguments:
@@ -151,16 +149,16 @@ def router_calls(experts: int, top_k: int) -> list[Call]:
     ]
 
 
-def plan_call(experts: int, layers: int) -> Call:
+def plan_call(experts: int, layers: int, tokens: int = TOKENS) -> Call:
     def arguments(tokens: int) -> Arguments:
         return [[_ids(tokens, experts, 1) for _ in range(layers)], experts]
 
-    shape = {"T": TOKENS, "M": experts, "k": 1, "layers": layers}
-    traffic = plan_bytes(TOKENS * layers, experts)
+    shape = {"T": tokens, "M": experts, "k": 1, "layers": layers}
+    traffic = plan_bytes(tokens * layers, experts)
     return Call("dispatch_plan", shape, traffic, arguments, max_us=30.0 if layers == 1 else None)
 
 
-def row_calls(top_k: int, experts: int = 96) -> list[Call]:
+def row_calls(top_k: int, experts: int = 96, tokens: int = TOKENS) -> list[Call]:
     def permute(tokens: int) -> Arguments:
         return [_rows(tokens, WIDTH), _plan(tokens, experts, top_k)[0], top_k]
 
@@ -173,7 +171,7 @@ def row_calls(top_k: int, experts: int = 96) -> list[Call]:
         rows = _rows(tokens, WIDTH), _rows(tokens * top_k, WIDTH)
         return [*rows, order, inverse, torch.rand(tokens, top_k)]
 
-    shape = {"T": TOKENS, "k": top_k, "D": WIDTH}
+    shape = {"T": tokens, "k": top_k, "D": WIDTH}
     sizes = tuple(shape.values())
     return [
         Call("permute", shape, permute_bytes(*sizes), permute, min_share=0.85),
@@ -182,10 +180,10 @@ def row_calls(top_k: int, experts: int = 96) -> list[Call]:
     ]
 
 
-def all_calls() -> list[Call]:
-    calls = router_calls(384, 1) + router_calls(96, 8)
-    calls += [plan_call(experts, layers) for experts in (96, 384) for layers in (1, 12)]
-    return calls + row_calls(1) + row_calls(8)
+def all_calls(tokens: int = TOKENS) -> list[Call]:
+    calls = router_calls(384, 1, tokens) + router_calls(96, 8, tokens)
+    calls += [plan_call(experts, layers, tokens) for experts in (96, 384) for layers in (1, 12)]
+    return calls + row_calls(1, tokens=tokens) + row_calls(8, tokens=tokens)
 
 
 # --- check and timing
@@ -202,9 +200,9 @@ def _to_cuda(value: object) -> object:
     return value.cuda() if isinstance(value, Tensor) else value
 
 
-def check(call: Call) -> None:
-    """The op on the GPU against the CPU, at CHECK_TOKENS tokens."""
-    arguments = call.arguments(CHECK_TOKENS)
+def check(call: Call, tokens: int) -> None:
+    """The op on the GPU against the CPU."""
+    arguments = call.arguments(tokens)
     for i, (got, want) in enumerate(
         zip(_run(call, _to_cuda(arguments)), _run(call, arguments), strict=True)
     ):
@@ -215,33 +213,17 @@ def check(call: Call) -> None:
             raise RuntimeError(f"{what}: integers differ from the CPU's, not timed")
 
 
-def time_on_gpu(name: str, way: Callable[[], object], runs: int) -> tuple[Timing, float]:
-    """Seconds of a call, and the share of the GPU's time that the host needed to enqueue it all:
-    only well below 1 was the GPU never idle inside a call."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-    for _ in range(WARM_UPS):
-        way()
-    torch.cuda.synchronize()
-    host = time.perf_counter()
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        way()
-        end.record()
-    host = time.perf_counter() - host
-    torch.cuda.synchronize()
-    seconds = [1e-3 * start.elapsed_time(end) for start, end in events]
-    deciles = statistics.quantiles(seconds, n=10)
-    timing = Timing(name, statistics.median(seconds), deciles[0], deciles[-1], runs)
-    return timing, host / (1e-3 * events[0][0].elapsed_time(events[-1][1]))
-
-
-def copy_timing(total_bytes: int, runs: int) -> Timing:
+def copy_of(total_bytes: int) -> Callable[[], object]:
     """A copy that reads and writes total_bytes together."""
-    source = torch.zeros(total_bytes // 2, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(max(total_bytes // 2, 1), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return time_on_gpu("copy", lambda: target.copy_(source), runs)[0]
+    return lambda: target.copy_(source)
+
+
+def copy_bandwidth_of(total_bytes: int, runs: int) -> float:
+    ways = {"copy": copy_of(total_bytes)}
+    (timing,), _ = interleave_on_gpu(ways, warmup=WARM_UPS, runs=runs)
+    return total_bytes / timing.median
 
 
 def judge(call: Call, microseconds: float, share: float) -> str:
@@ -254,25 +236,25 @@ def judge(call: Call, microseconds: float, share: float) -> str:
 
 
 def bench(call: Call, copy_bandwidth: float, runs: int) -> dict:
-    check(call)
+    tokens = call.shape["T"]
+    check(call, min(tokens, CHECK_TOKENS))
     with torch.device("cuda"):
-        arguments = call.arguments(TOKENS)
-    timing, host_share = time_on_gpu(call.name, lambda: _run(call, arguments), runs)
-    same = copy_timing(call.traffic.moved, runs)
-    bandwidth = call.traffic.moved / timing.median
-    share = bandwidth / copy_bandwidth
+        arguments = call.arguments(tokens)
+    ways = {call.name: lambda: _run(call, arguments), "copy": copy_of(call.traffic.moved)}
+    (timing, copy), host_share = interleave_on_gpu(ways, warmup=WARM_UPS, runs=runs)
+    share = copy.median / timing.median
     result = {
         "op": call.op,
         **call.shape,
         "bytes_by_construction": call.traffic.moved,
         "bytes_necessary": call.traffic.necessary,
         "timing": asdict(timing),
-        "bytes_per_second": bandwidth,
+        "floor_seconds": call.traffic.necessary / copy_bandwidth,
+        "bytes_per_second": call.traffic.moved / timing.median,
+        "copy_of_same_bytes": asdict(copy),
         "share_of_copy": share,
-        "share_of_copy_necessary": call.traffic.necessary / timing.median / copy_bandwidth,
-        "copy_of_same_bytes_seconds": same.median,
         "host_share": host_share,
-        "floor": {"share_of_copy": call.min_share, "microseconds": call.max_us},
+        "wanted": {"share_of_copy": call.min_share, "microseconds": call.max_us},
         "verdict": judge(call, 1e6 * timing.median, share),
     }
     print(row(call.name, result))
@@ -280,22 +262,22 @@ def bench(call: Call, copy_bandwidth: float, runs: int) -> dict:
 
 
 HEADER = (
-    f"{'call':<38}{'us':>9} [{'p10':>8}, {'p90':>8}]{'MB':>8}{'GB/s':>7}{'% copy':>8}"
-    f"{'% nec.':>8}{'copy us':>9}  floor"
+    f"{'call':<38}{'us':>9} [{'p10':>8}, {'p90':>8}]{'floor':>9}{'x floor':>8}{'MB':>8}{'GB/s':>7}"
+    f"{'copy us':>9}{'% copy':>8}  wanted"
 )
 
 
 def row(name: str, r: dict) -> str:
     us = [1e6 * r["timing"][key] for key in ("median", "p10", "p90")]
-    floor = r["floor"]
-    wanted = f">= {floor['share_of_copy']:.0%}" if floor["share_of_copy"] else ""
-    wanted = f"<= {floor['microseconds']:.0f} us" if floor["microseconds"] else wanted
+    floor, wanted = 1e6 * r["floor_seconds"], r["wanted"]
+    goal = f">= {wanted['share_of_copy']:.0%}" if wanted["share_of_copy"] else ""
+    goal = f"<= {wanted['microseconds']:.0f} us" if wanted["microseconds"] else goal
     late = "  (host-bound)" if r["host_share"] > 0.9 else ""
     return (
-        f"{name:<38}{us[0]:>9.1f} [{us[1]:>8.1f}, {us[2]:>8.1f}]"
+        f"{name:<38}{us[0]:>9.1f} [{us[1]:>8.1f}, {us[2]:>8.1f}]{floor:>9.1f}{us[0] / floor:>8.2f}"
         f"{r['bytes_by_construction'] / 1e6:>8.1f}{r['bytes_per_second'] / 1e9:>7.0f}"
-        f"{r['share_of_copy']:>8.1%}{r['share_of_copy_necessary']:>8.1%}"
-        f"{1e6 * r['copy_of_same_bytes_seconds']:>9.1f}  {wanted} {r['verdict']}{late}"
+        f"{1e6 * r['copy_of_same_bytes']['median']:>9.1f}{r['share_of_copy']:>8.1%}"
+        f"  {goal} {r['verdict']}{late}"
     )
 
 
@@ -303,22 +285,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--runs", type=int, default=50, help="counted runs of a call, >= 50")
+    parser.add_argument("--rehearse", action="store_true", help="few tokens, two runs")
     arguments = parser.parse_args()
     if arguments.runs < 50:
         parser.error(f"--runs must be at least 50, got {arguments.runs}")
     require_device("cuda")
     torch.manual_seed(0)
-    copy_bandwidth = 2 * COPY_BYTES / copy_timing(2 * COPY_BYTES, arguments.runs).median
-    gpu = torch.cuda.get_device_name()
-    print(f"{gpu}: a copy of {COPY_BYTES / 2**30:.0f} GiB moves {copy_bandwidth / 1e9:.0f} GB/s")
+    tokens, runs, large = TOKENS, arguments.runs, 2 * COPY_BYTES
+    if arguments.rehearse:
+        tokens, runs, large = 64, 2, 2**16
+    copy_bandwidth = copy_bandwidth_of(large, runs)
+    print(
+        f"{torch.cuda.get_device_name()}: a copy of {large / 2**31:.2f} GiB moves "
+        f"{copy_bandwidth / 1e9:.0f} GB/s"
+    )
     print(HEADER)
-    results = [bench(call, copy_bandwidth, arguments.runs) for call in all_calls()]
+    results: list[dict] = []
+    for call in all_calls(tokens):
+        results.append(bench(call, copy_bandwidth, runs))
+        if arguments.json:
+            write_json(arguments.json, results, copy_bandwidth=copy_bandwidth)
     short = [r["op"] for r in results if r["verdict"] == "short"]
-    print(f"{len(results)} calls timed, {len(short)} fall short of their floor")
-    if arguments.json:
-        about = {**environment(), "gpu": gpu, "cuda": torch.version.cuda}
-        document = {"environment": about, "copy_bandwidth": copy_bandwidth, "results": results}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"{len(results)} calls timed, {len(short)} fall short of what is wanted")
 
 
 if __name__ == "__main__":

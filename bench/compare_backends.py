@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same named cases through every backend of this machine: cpu, cuda, and the emulated kernels.
+"""The same named cases on the GPU and on the CPU.
 
-    python bench/compare_backends.py [--json FILE] [--prebuilt]
+    python bench/compare_backends.py [--json FILE] [--case NAME ...]
 
-Forward and backward of every op on tests/cases.py, each pair of backends in the dtypes that both
-have. Integers must be equal. A float's error is the greatest |a - b| over the greatest |b|, which
-may be twice what tests/tolerance.py allows one backend from the exact result. --prebuilt compiles
-nothing, so the emulated kernels are left out.
+Forward and backward of every op on tests/cases.py, in the dtypes that both have. Integers must be
+equal. A float's error is the greatest |a - b| over the greatest |b|, which may be twice what
+tests/tolerance.py allows one of them from the exact result.
 """
 
 import argparse
@@ -14,11 +13,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 
 import torch
-from harness import write_json
+from harness import require_device, write_json
 from torch import Tensor
 
 from unipool import ops
@@ -30,8 +28,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import cases  # noqa: E402
 from cases import Case, OpSpec  # noqa: E402
 from tolerance import PER_ROW, unit_error  # noqa: E402
-
-from emulation import build  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -60,7 +56,6 @@ class Backend:
 
 CPU = Backend("cpu", "cpu", "unipool", (F32, BF16))
 CUDA = Backend("cuda", "cuda", "unipool", (F32, BF16, F16))
-EMULATED = Backend("emulated", "cpu", "unipool_emulated", (F32, BF16, F16))
 
 
 @dataclass(frozen=True)
@@ -138,24 +133,14 @@ def differences(
     return found
 
 
-def emulated_backend(prebuilt: bool) -> tuple[Backend | None, str]:
-    """The emulated kernels, compiled if need be, or one line that says why not."""
-    if prebuilt:
-        return None, "nothing is to be compiled"
-    try:
-        torch.ops.load_library(build.ops_library("fast"))
-    except (build.BuildError, OSError) as error:
-        return None, str(error).splitlines()[0]
-    return EMULATED, ""
-
-
-def compare(backends: list[Backend]) -> list[Difference]:
+def compare(names: list[str]) -> list[Difference]:
+    """Of the cases with these names, or of all."""
     found = []
-    for spec, case in cases.pairs(cases.SPECS):
-        for dtype in (F32, BF16, F16):
-            ran = [(b, results_on(b, spec, case, dtype)) for b in backends if dtype in b.dtypes]
-            for b, a in combinations(ran, 2):
-                found += differences(spec, case, dtype, a, b)
+    chosen = [cases.BY_NAME[name] for name in names] if names else cases.CASES
+    for spec, case in cases.pairs(cases.SPECS, chosen):
+        for dtype in (dtype for dtype in CUDA.dtypes if dtype in CPU.dtypes):
+            got, want = (results_on(backend, spec, case, dtype) for backend in (CUDA, CPU))
+            found += differences(spec, case, dtype, (CUDA, got), (CPU, want))
     return found
 
 
@@ -191,24 +176,13 @@ def as_results(found: list[Difference]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write all differences to this file")
-    parser.add_argument("--prebuilt", action="store_true", help="compile nothing")
+    parser.add_argument("--case", nargs="+", default=[], help="only these", choices=cases.BY_NAME)
     arguments = parser.parse_args()
-    backends = [CPU]
-    emulated, why_not = emulated_backend(arguments.prebuilt)
-    if emulated:
-        backends.append(emulated)
-    else:
-        print(f"emulated: not compared, {why_not}")
-    if torch.cuda.is_available():
-        backends.append(CUDA)
-    if len(backends) < 2:
-        print("compare_backends: there is only the cpu backend here, nothing to compare")
-        sys.exit(2)
-    found = compare(backends)
+    require_device("cuda")
+    found = compare(arguments.case)
     print_worst(found)
     failed = [d for d in found if not d.ok]
-    names = ", ".join(b.name for b in backends)
-    print(f"{names}: {len(found)} results compared, {len(failed)} differ")
+    print(f"{len(found)} results compared with the CPU, {len(failed)} differ")
     if arguments.json:
         write_json(arguments.json, as_results(found))
     sys.exit(bool(failed))

@@ -1,37 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op once, forward and backward, on small odd shapes of a GPU, compared with the CPU.
+"""Every kernel once, forward and backward, on small shapes of a GPU, compared with the CPU.
 
-    python bench/gpu_smoke.py [--few] [--profile] [--json FILE]
+    python bench/gpu_smoke.py [--few] [--json FILE]
 
-What a sanitizer is to watch; --few takes fewer cases of the expert ops, whose kernels a sanitizer
-slows down most. --profile collects the names of the kernels that ran, and fails if a kernel of
-csrc/cuda is not among them: a clean report of a sanitizer would then say nothing about it.
+The first thing to run on a GPU: two minutes at most. An op that fails does not stop the others,
+unless it has broken the GPU's context. It fails, too, if a kernel of csrc/cuda is not among those
+that the profiler saw. --few is for sanitizers, which slow kernels down: fewer cases, and no list
+of kernels.
 """
 
 import argparse
 import re
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from compare_backends import (
-    BF16,
     CPU,
     CUDA,
-    F16,
-    F32,
     ROOT,
     Difference,
+    as_results,
     cases,
     differences,
     results_on,
 )
 from harness import require_device, write_json
+from rehearsal import is_rehearsal, software_gpu
 
 NAMES = ("one_token", "ties", "ragged", "M_not_pow2", "dropped", "k_is_M", "pool_384", "pool_1024")
 EXPERT_NAMES = ("one_token", "ragged", "M_not_pow2", "dropped", "all_to_one_expert", "k_is_M")
-FEW_EXPERT_NAMES = ("M_not_pow2", "dropped")
+FEW_NAMES = ("M_not_pow2", "dropped")
+# Those for which an H100 takes tiles of 32, 64 and 128 rows: the small ones get 16.
+LARGE = [
+    cases.Case("tiles_of_32", 4096, 2, 1, 64, 64),
+    cases.Case("tiles_of_64", 8192, 2, 1, 128, 64),
+    cases.Case("tiles_of_128", 2048, 8, 2, 512, 512),
+]
+TILE = re.compile(r"\bTile<(\w+), (\d+), (\d+)")
+
+Pair = tuple[cases.OpSpec, cases.Case]
 
 
 def our_kernels(folder: Path = ROOT / "csrc" / "cuda") -> set[str]:
@@ -50,58 +60,106 @@ def missing_kernels(wanted: set[str], ran: set[str]) -> list[str]:
     return sorted(k for k in wanted if not any(re.search(rf"\b{k}\b", name) for name in ran))
 
 
-def kernel_names(profile: torch.profiler.profile) -> dict[str, int]:
-    """Demangled name -> launches."""
+def tiles_of(names: set[str]) -> list[str]:
+    """`64x128 __half` for the tiles of these instances of kernels."""
+    found = {match.groups() for name in names if (match := TILE.search(name))}
+    ordered = sorted(found, key=lambda t: (t[0], int(t[1])))
+    return [f"{rows}x{columns} {dtype}" for dtype, rows, columns in ordered]
+
+
+@contextmanager
+def launches() -> Iterator[dict[str, int]]:
+    """Demangled name -> launches, of the kernels that the block runs; filled at its end."""
+    found: dict[str, int] = {}
+    if software_gpu():
+        import softgpu
+
+        with softgpu.calls() as calls:
+            yield found
+        for call in calls:
+            if kernel := call.get("kernel"):
+                found[kernel] = found.get(kernel, 0) + 1
+        return
     kind = torch.autograd.DeviceType.CUDA
-    return {e.key: e.count for e in profile.key_averages() if e.device_type == kind}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watch:
+        yield found
+    found |= {e.key: e.count for e in watch.key_averages() if e.device_type == kind}
 
 
 def named(names: tuple[str, ...]) -> list[cases.Case]:
     return [cases.BY_NAME[name] for name in names]
 
 
-def smoke(few: bool) -> list[Difference]:
-    """float16, which the ops do not have on the CPU, is only run."""
-    pairs = cases.pairs([*cases.ROUTER_SPECS, *cases.DISPATCH_SPECS], named(NAMES))
-    pairs += cases.pairs(cases.EXPERT_SPECS, named(FEW_EXPERT_NAMES if few else EXPERT_NAMES))
-    found = []
-    for spec, case in pairs:
-        for dtype in (F32, BF16, F16):
-            got = results_on(CUDA, spec, case, dtype)
+def pairs(few: bool) -> list[Pair]:
+    small, products = ([named(FEW_NAMES)] * 2) if few else (named(NAMES), named(EXPERT_NAMES))
+    if not few and not is_rehearsal():
+        products = products + LARGE
+    chosen = cases.pairs([*cases.ROUTER_SPECS, *cases.DISPATCH_SPECS], small)
+    return chosen + cases.pairs(cases.EXPERT_SPECS, products)
+
+
+def context_works() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def smoke(
+    chosen: list[Pair], run: Callable[..., dict] = results_on
+) -> tuple[list[Difference], list[str]]:
+    """Results against the CPU's, and a line for each op that raised. float16, which the ops do not
+    have on the CPU, is only run."""
+    found: list[Difference] = []
+    raised: list[str] = []
+    for spec, case in chosen:
+        for dtype in CUDA.dtypes:
+            try:
+                got = run(CUDA, spec, case, dtype)
+            except RuntimeError as error:
+                raised.append(f"{spec.name} {case.name} {dtype}: {str(error).splitlines()[0]}")
+                if not context_works():
+                    return found, [*raised, "the context is broken: nothing more can run"]
+                continue
             if dtype in CPU.dtypes:
-                want = results_on(CPU, spec, case, dtype)
+                want = run(CPU, spec, case, dtype)
                 found += differences(spec, case, dtype, (CUDA, got), (CPU, want))
-    torch.cuda.synchronize()
-    return found
+    return found, raised
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--few", action="store_true", help="fewer cases of the expert ops")
-    parser.add_argument("--profile", action="store_true", help="check which kernels ran")
-    parser.add_argument("--json", type=Path, help="write names and launches to this file")
+    parser.add_argument("--few", action="store_true", help="fewer cases, for sanitizers")
+    parser.add_argument("--json", type=Path, help="write differences and launches to this file")
     arguments = parser.parse_args()
     require_device("cuda")
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    watch = torch.profiler.profile(activities=activities) if arguments.profile else nullcontext()
-    with watch:
-        found = smoke(arguments.few)
+    if arguments.few:  # a sanitizer and the profiler do not go together
+        (found, raised), ran = smoke(pairs(few=True)), {}
+    else:
+        with launches() as ran:
+            found, raised = smoke(pairs(few=False))
     failed = [d for d in found if not d.ok]
     for d in failed:
         print(f"{d.op} {d.case} {d.dtype} {d.result}: {d.error:.1e} of {d.bound:.1e} {d.reason}")
-    missing: list[str] = []
+    print("".join(f"{line}\n" for line in raised), end="")
     verdict = f"{len(found)} results compared with the CPU, {len(failed)} differ"
-    if arguments.profile:
-        wanted, ran = our_kernels(), kernel_names(watch)
+    if raised:
+        verdict += f"; {len(raised)} calls failed"
+    missing: list[str] = []
+    if not arguments.few and not ran:
+        verdict += "; the profiler saw no kernel"  # which is no fault of the kernels
+    elif not arguments.few:
+        wanted = our_kernels()
         missing = missing_kernels(wanted, set(ran))
         verdict += f"; {len(wanted) - len(missing)} of {len(wanted)} kernels ran"
-        if missing:
-            verdict += f", not {', '.join(missing)}"
-        if arguments.json:
-            launches = [{"kernel": name, "launches": count} for name, count in ran.items()]
-            write_json(arguments.json, launches)
+        verdict += f", not {', '.join(missing)}" if missing else ""
+        print(f"tiles: {', '.join(tiles_of(set(ran)))}")
+    if arguments.json:
+        kernels = [{"kernel": name, "launches": count} for name, count in ran.items()]
+        write_json(arguments.json, as_results(found), raised=raised, kernels=kernels)
     print(verdict)
-    sys.exit(bool(failed or missing))
+    sys.exit(bool(failed or raised or missing))
 
 
 if __name__ == "__main__":

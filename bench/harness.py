@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rehearsal import is_rehearsal
 
 import unipool
 
@@ -30,10 +31,19 @@ class Timing:
         return f"{self.name:<28} {ms[0]:9.3f} ms [{ms[1]:.3f}, {ms[2]:.3f}]"
 
 
+PIECE = 2**24  # elements that are in float64 at once: a pool's gradient has billions
+
+
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """|got - wanted|_2 / |wanted|_2 in float64."""
-    wanted = wanted.double()
-    return ((got.double() - wanted).norm() / wanted.norm()).item()
+    if got.shape != wanted.shape:
+        raise ValueError(f"shapes {list(got.shape)} and {list(wanted.shape)}")
+    wrong = total = torch.zeros((), dtype=torch.float64, device=wanted.device)
+    for a, b in zip(got.flatten().split(PIECE), wanted.flatten().split(PIECE), strict=True):
+        b = b.double()
+        wrong = wrong + (a.double() - b).square().sum()
+        total = total + b.square().sum()
+    return (wrong / total).sqrt().item()
 
 
 def require_close(what: str, got: torch.Tensor, wanted: torch.Tensor, bound: float) -> None:
@@ -87,6 +97,41 @@ def _seconds(way: Callable[[], object], calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
+FLUSH_BYTES = 256 * 10**6  # more than any GPU's L2
+
+
+def interleave_on_gpu(
+    ways: dict[str, Callable[[], object]], *, warmup: int, runs: int
+) -> tuple[list[Timing], float]:
+    """CUDA events around one call of a way, in turn, each with an L2 that holds nothing of it and
+    nothing to be written back: it is filled by reading. Also the share of the GPU's time that the
+    host needed to enqueue it all: only well below 1 was the GPU never idle inside a call."""
+    elements = FLUSH_BYTES // 4 if not is_rehearsal() else 4
+    flush = torch.zeros(elements, device="cuda")
+    for way in ways.values():
+        for _ in range(warmup):
+            way()
+    torch.cuda.synchronize()
+    pairs: dict[str, list] = {name: [] for name in ways}
+    host = time.perf_counter()
+    for _ in range(runs):
+        for name, way in ways.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.sum()
+            start.record()
+            way()
+            end.record()
+            pairs[name].append((start, end))
+    host = time.perf_counter() - host
+    torch.cuda.synchronize()
+    found = [
+        _summary(name, [1e-3 * start.elapsed_time(end) for start, end in events])
+        for name, events in pairs.items()
+    ]
+    first, last = next(iter(pairs.values()))[0][0], list(pairs.values())[-1][-1][1]
+    return found, host / (1e-3 * first.elapsed_time(last))
+
+
 def _summary(name: str, seconds: list[float]) -> Timing:
     deciles = statistics.quantiles(seconds, n=10)
     return Timing(name, statistics.median(seconds), deciles[0], deciles[-1], len(seconds))
@@ -94,6 +139,10 @@ def _summary(name: str, seconds: list[float]) -> Timing:
 
 def environment() -> dict:
     """What a figure depends on and must be told with it."""
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        gpu["rehearsal"] = is_rehearsal()
     return {
         "unipool": unipool.__version__,
         "torch": torch.__version__,
@@ -101,6 +150,7 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "processor": _processor(),
+        **gpu,
     }
 
 
@@ -113,8 +163,9 @@ def _processor() -> str:
     return platform.processor()
 
 
-def write_json(path: Path, results: list[dict]) -> None:
-    document = {"environment": environment(), "results": results}
+def write_json(path: Path, results: list[dict], **more: object) -> None:
+    """Called after each result: a program that is stopped loses only what it had not done."""
+    document = {"environment": environment(), **more, "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -33,6 +33,7 @@ from harness import (
     synchronize,
     write_json,
 )
+from rehearsal import is_rehearsal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -183,19 +184,24 @@ class Rates:
     read: float
 
 
-SIDE = 2048  # of the matrices that the rates are measured with
-READ_ELEMENTS = 2**26
+def rate_sizes(device: str) -> tuple[int, int]:
+    """Side of the matrices that matmul rates are measured with, elements that are read: large
+    enough for full rates."""
+    if is_rehearsal():
+        return 64, 2**12
+    return (8192, 2**28) if device == "cuda" else (2048, 2**26)
 
 
 def rate_ways(dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
     """One for each field of Rates, to be timed in turn with what they are a bound for."""
+    side, elements = rate_sizes(device)
 
     def matmul(dtype: torch.dtype) -> Callable[[], object]:
-        a, b = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         return lambda: torch.mm(a, b, out=out)
 
-    numbers = torch.ones(READ_ELEMENTS, device=device)
+    numbers = torch.ones(elements, device=device)
     return {
         "matmul": matmul(dtype),
         "float32_matmul": matmul(torch.float32),
@@ -203,9 +209,10 @@ def rate_ways(dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]
     }
 
 
-def rates_of(timings: list[Timing]) -> Rates:
-    amounts = {"matmul": 2 * SIDE**3, "float32_matmul": 2 * SIDE**3, "read": 4 * READ_ELEMENTS}
-    return Rates(**{t.name: amounts[t.name] / t.median for t in timings})
+def rates_of(timings: list[Timing], device: str) -> Rates:
+    side, elements = rate_sizes(device)
+    amounts = {"matmul": 2 * side**3, "float32_matmul": 2 * side**3, "read": 4 * elements}
+    return Rates(**{t.name: amounts[t.name] / t.median for t in timings if t.name in amounts})
 
 
 def dense(shape: Shape, dtype: torch.dtype, device: str) -> Callable[[], None]:
@@ -273,7 +280,7 @@ def bench(shape: Shape, dtype_name: str, arguments: argparse.Namespace) -> dict:
     ways["dense matmul, equal FLOPs"] = dense(shape, dtype, device)
     bounds = rate_ways(dtype, device)
     timings = interleave(ways | bounds, warmup=1, runs=arguments.runs, device=device)
-    rates = rates_of([t for t in timings if t.name in bounds])
+    rates = rates_of(timings, device)
     floor = floor_seconds(shape, dtype.itemsize, rates)
     timings = [t for t in timings if t.name in ways]
     return report(shape, dtype_name, timings, peaks, floor, rates)
@@ -357,9 +364,9 @@ def main() -> None:
                 arguments.top_k,
             )
             results.append(bench(shape, dtype_name, arguments))
+            if arguments.json:
+                write_json(arguments.json, results)
     print(f"\n{time.perf_counter() - start:.0f} s in all")
-    if arguments.json:
-        write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the figures of README.md and docs/evidence.md from the JSON files under bench/results.
+"""Writes the figures of README.md, docs/evidence.md and docs/hardware.md from bench/results.
 
     python bench/update_docs.py [--check]
 
-With --check nothing is written; the exit status says whether both are up to date.
+With --check nothing is written; the exit status says whether all are up to date.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import hardware_table
 from evidence_tables import evidence
 
 from unipool.training.tables import markdown
@@ -163,6 +164,11 @@ def main() -> None:
         ROOT / "docs" / "evidence.md": evidence(load("evidence")),
     }
     texts = {path: updated(path, text) for path, text in pages.items()}
+    page = hardware_table.PAGE.read_text()
+    try:
+        texts[hardware_table.PAGE] = hardware_table.updated(page, hardware_table.committed_runs())
+    except hardware_table.RefusedError as error:
+        sys.exit(f"update_docs: {error}")
     for path, text in texts.items():
         if not arguments.check:
             path.write_text(text)

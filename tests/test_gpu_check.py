@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """bench/gpu_check.sh and its parts, as far as they can be tested without a GPU."""
 
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,13 @@ sys.path.insert(0, str(ROOT / "bench"))
 import bench_experts  # noqa: E402
 import bench_kernels  # noqa: E402
 import compare_backends  # noqa: E402
+import gpu_check  # noqa: E402
+import gpu_package  # noqa: E402
 import gpu_smoke  # noqa: E402
+import hardware_table  # noqa: E402
+import harness  # noqa: E402
 from compare_backends import BF16, CPU, F32, Difference  # noqa: E402
+from gpu_check import Check, Step  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
@@ -29,18 +38,29 @@ def bash(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
-# --- the script
+# --- the program
 
 
-def test_script_parses() -> None:
-    assert bash("-n", SCRIPT).returncode == 0
-
-
-@pytest.mark.parametrize("arguments", [[], ["--nope"], ["a", "b"], ["a", "--prebuilt"]], ids=str)
-def test_wrong_call_gets_the_usage(arguments: list[str]) -> None:
-    run = bash(SCRIPT, *arguments)
-    assert run.returncode == 2
-    assert run.stderr == "gpu_check: usage: bench/gpu_check.sh OUT [--prebuilt DIR]\n"
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "OUT or --pack DIR is needed, not both"),
+        (["out", "--pack", "dir"], "OUT or --pack DIR is needed, not both"),
+        (["--nope"], "unrecognized arguments: --nope"),
+        (["a", "b"], "unrecognized arguments: b"),
+        (["a", "--prebuilt"], "argument --prebuilt: expected one argument"),
+    ],
+    ids=str,
+)
+def test_wrong_call_gets_the_usage(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        gpu_check.parse(arguments)
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("usage: bench/gpu_check.sh ")
+    assert text.endswith(f"bench/gpu_check.sh: error: {complaint}\n")
 
 
 def test_prebuilt_without_libraries(tmp_path: Path) -> None:
@@ -49,76 +69,391 @@ def test_prebuilt_without_libraries(tmp_path: Path) -> None:
     assert run.stderr == f"gpu_check: {tmp_path}/lib/libunipool_cpu.so is missing\n"
 
 
-def test_without_a_gpu(tmp_path: Path) -> None:
-    run = bash(SCRIPT, tmp_path / "out")
+def test_results_of_another_run_stay(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").touch()
+    run = bash(SCRIPT, tmp_path)
+    assert run.returncode == 2
+    assert run.stderr == f"gpu_check: {tmp_path} holds the results of another run\n"
+
+
+@without_gpu
+@pytest.mark.parametrize("options", [[], ["--rehearse"]], ids=str)
+def test_without_a_gpu(tmp_path: Path, options: list[str]) -> None:
+    run = bash(SCRIPT, tmp_path / "out", *options)
     assert run.returncode == 2
     assert run.stderr == "gpu_check: needs an NVIDIA GPU and a CUDA torch, found none\n"
     assert not (tmp_path / "out").exists()
 
 
-STEPS = """
-source "$SCRIPT"
-OUT=$1; cd "$ROOT"
-step good 20 echo 'all "well"' || exit 3
-step bad 20 bash -c 'echo first; echo broken; exit 7' && exit 3
-step slow 1 sleep 30 && exit 3
-EXPECT='SUMMARY: 0' step silent 20 echo nothing && exit 3
-EXPECT='SUMMARY: 0' step clean 20 echo '=== ERROR SUMMARY: 0 errors' || exit 3
-TOTAL_SECONDS=0
-step late 20 true && exit 3
-record tool "not run" 0 "not installed"
-write_summary
-echo "failed=$failed"
-"""
+def test_unknown_step_is_named(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.chosen([Step("build", needed=True), Step("smoke"), Step("tests")], ["smok"])
+    assert capsys.readouterr().err == "gpu_check: no step smok: there are build, smoke, tests\n"
+    steps = [Step("build", needed=True), Step("smoke"), Step("tests")]
+    assert [s.name for s in gpu_check.chosen(steps, ["smoke"])] == ["build", "smoke"]
+
+
+# --- steps
+
+ABOUT = {"rehearsal": False, "gpu": "NVIDIA X", "driver": "1", "torch": "2", "commit": "abc"}
+
+
+def shell(name: str, line: str, seconds: int = 20, **options: object) -> Step:
+    return Step(name, seconds, ("bash", "-c", line), **options)
+
+
+def outcomes(check: Check) -> dict[str, tuple[str, str]]:
+    return {o.name: (o.status, o.detail) for o in check.outcomes}
+
+
+def test_how_steps_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    steps = [
+        shell("good", "echo 'all \"well\"'"),
+        shell("bad", "echo first; echo broken; exit 7"),
+        shell("slow", "echo begun; sleep 30", seconds=1),
+        shell("silent", "echo nothing", expect="SUMMARY: 0"),
+        shell("clean", "echo '=== ERROR SUMMARY: 0 errors'", expect="SUMMARY: 0"),
+        shell("blind", "echo 'Device not supported'; exit 1", expect="SUMMARY: 0", tool=True),
+        Step("absent", not_run="not installed"),
+        shell("environment", 'echo "$GREETING"', environment={"GREETING": "hello"}),
+    ]
+    check = Check(tmp_path, 100, ABOUT)
+    check.run(steps)
+    assert outcomes(check) == {
+        "good": ("passed", 'all "well"'),
+        "bad": ("failed", "exit status 7; broken"),
+        "slow": ("stopped", "after 1 s; begun"),
+        "silent": ("failed", "its log does not say 'SUMMARY: 0'; nothing"),
+        "clean": ("passed", "=== ERROR SUMMARY: 0 errors"),
+        "blind": ("not run", "does not work here: Device not supported"),
+        "absent": ("not run", "not installed"),
+        "environment": ("passed", "hello"),
+    }
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["gpu"], summary["passed"], summary["complete"]) == ("NVIDIA X", False, False)
+    assert [s["status"] for s in summary["steps"]] == [o.status for o in check.outcomes]
+    assert check.exit_status == 1
+    check.print_table()
+    assert "bad               failed         0 s  exit status 7; broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "status"), [("at::native::fill<float>", "passed"), ("unipool::k<float>", "failed")]
+)
+def test_errors_of_initcheck_count_in_our_kernels_only(place: str, status: str) -> None:
+    log = (
+        "========= Uninitialized __global__ memory read of size 4 bytes\n"
+        f"=========     at void {place}(float*)+0x10\n"
+        "=========         Host Frame: unipool::permute in libunipool_cuda.so\n"
+        "========= ERROR SUMMARY: 1 error\n"
+    )
+    step = Step("initcheck", expect="SUMMARY: 0", tool=True, ours_only=True)
+    assert gpu_check.verdict(step, 9, 30, log)[0] == status
+    assert gpu_check.verdict(step, 1, 30, log)[0] == "failed"
+
+
+def test_time_that_is_over_is_no_failure(tmp_path: Path) -> None:
+    check = Check(tmp_path, gpu_check.LEAST_SECONDS + 1, ABOUT)
+    check.run([shell("first", "sleep 2"), shell("late", "true")])
+    assert outcomes(check) == {
+        "first": ("passed", ""),
+        "late": ("not started", "the 6 s of the whole check are over"),
+    }
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["passed"], summary["complete"], check.exit_status) == (True, False, 3)
+
+
+def test_a_step_that_was_stopped_is_no_failure(tmp_path: Path) -> None:
+    """What a benchmark had written stays."""
+    check = Check(tmp_path, 100, ABOUT)
+    check.run([shell("bench", f"echo 1 > {tmp_path}/bench.json; sleep 30", seconds=1)])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["passed"], summary["complete"], check.exit_status) == (True, False, 3)
+    assert (tmp_path / "bench.json").exists()
+
+
+def test_nothing_starts_without_what_it_needs(tmp_path: Path) -> None:
+    check = Check(tmp_path, 100, ABOUT)
+    check.run([shell("build", "exit 1", needed=True), shell("smoke", "true")])
+    assert outcomes(check)["smoke"] == ("not started", "build did not pass")
+    assert check.exit_status == 1
+
+
+def test_each_result_is_written_as_it_comes(tmp_path: Path) -> None:
+    """The second step finds the first one's result in the summary and in the archive."""
+    out, archive = tmp_path / "out", tmp_path / "out.tar.gz"
+    out.mkdir()
+    check = Check(out, 100, ABOUT, archive)
+    check.run([shell("one", "echo 1"), shell("two", f"cat {out}/summary.json; tar tf {archive}")])
+    seen = (out / "two.log").read_text()
+    statuses = [line.strip() for line in seen.splitlines() if '"status"' in line]
+    assert statuses == ['"status": "passed",', '"status": "not started",']
+    assert "out/one.log" in seen
+    with tarfile.open(archive) as packed:
+        assert "out/two.log" in packed.getnames()
+
+
+def test_a_run_that_is_stopped_says_so_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys; from pathlib import Path; from gpu_check import *\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        f"check = Check(Path({str(tmp_path)!r}), 100, {ABOUT!r})\n"
+        "sleep = ('bash', '-c', 'echo $$; sleep 60')\n"
+        "check.run([Step('one', 9, ('true',)), Step('two', 60, sleep), Step('three', 9)])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "bench")
+    log = tmp_path / "two.log"
+    for _ in range(200):
+        if log.exists() and log.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 1
+    steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    assert [(s["status"], s["detail"]) for s in steps] == [
+        ("passed", ""),
+        ("stopped", "from outside"),
+        ("not started", ""),
+    ]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+# --- the plan
+
+
+def real_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prebuilt: bool = True) -> list[Step]:
+    """With every tool there is."""
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    return gpu_check.plan(tmp_path, prebuilt, False, tmp_path / "package")
+
+
+def test_order_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [s.name for s in real_plan(tmp_path, monkeypatch, prebuilt=False) if not s.not_run]
+    assert steps[:3] == ["build", "smoke", "tests"]
+    assert steps[3:7] == list(gpu_check.SANITIZERS)
+    assert steps[7:9] == ["bench_kernels", "bench_experts"]
+    assert steps[-1] == "ncu"
+
+
+@pytest.mark.parametrize(("seconds", "prebuilt"), [(500, True), (530, True), (800, False)])
+def test_limits_add_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, prebuilt: bool
+) -> None:
+    """Where every step takes all that it may, all are started, and none gets less than a half."""
+    steps = [s for s in real_plan(tmp_path, monkeypatch, prebuilt) if not s.not_run]
+    left = float(seconds)
+    for i, step in enumerate(steps):
+        limit = gpu_check.limit_of(steps[i:], left)
+        assert limit >= max(gpu_check.LEAST_SECONDS, step.seconds / 2), step.name
+        assert limit <= step.seconds
+        left -= limit
+    assert left > -1e-6
+    smoke = next(s for s in steps if s.name == "smoke")
+    assert (smoke.first, smoke.seconds <= 120) == (True, True)
+
+
+def test_time_that_a_step_leaves_goes_to_those_after_it() -> None:
+    steps = [Step("a", 100), Step("b", 100)]
+    assert gpu_check.limit_of(steps, 120) == 60
+    assert gpu_check.limit_of(steps[1:], 110) == 100
+    assert gpu_check.limit_of([Step("first", 100, first=True), *steps], 120) == 100
+
+
+def test_test_files_that_cannot_be_imported_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "test_x.py"
+    path.write_text("import json\nimport torch\nimport cases\nfrom nowhere.at_all import f\n")
+    assert gpu_check.missing_package(path) == "nowhere"
+    path.write_text("def f():\n    import nowhere\n")
+    assert gpu_check.missing_package(path) == ""
+    monkeypatch.setattr(gpu_check.sysconfig, "get_config_var", lambda _: ".another-python.so")
+    path.write_text("from unipool import ops, _C\n")
+    assert gpu_check.missing_package(path) == "unipool._C"
+
+
+def test_the_tests_of_cuda_are_found_in_the_whole_folder(tmp_path: Path) -> None:
+    (tests,) = (s for s in gpu_check.test_steps(tmp_path, False, 4) if s.name == "tests")
+    chosen = {Path(word).stem for word in map(str, tests.command) if word.endswith(".py")}
+    assert {"test_large", "test_models", "test_experts", "test_contract"} <= chosen
+    assert tests.environment == {"UNIPOOL_EMULATION": "off"}
+    assert not any("emulation" in str(word) or "softgpu" in str(word) for word in tests.command)
+
+
+@without_gpu
+@pytest.mark.parametrize("rehearse", [False, True], ids=["real", "rehearsal"])
+def test_benchmarks_take_the_options_of_the_plan(
+    tmp_path: Path,
+    rehearse: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """They get as far as asking for a GPU."""
+    commands = [s.command for s in gpu_check.bench_steps(tmp_path, rehearse) if not s.not_run]
+    commands += [sanitizer.command for sanitizer in gpu_check.sanitizer_steps(rehearse)[:1]]
+    commands.append(gpu_check.ncu_step(tmp_path, rehearse).command)
+    assert len(commands) >= 6
+    for command in commands:
+        script, *options = map(str, command[command.index(sys.executable) + 1 :])
+        name = Path(script).stem
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(name).main()
+        output = capsys.readouterr()
+        assert end.value.code == 2, output.err
+        assert output.out == f"{name}: needs an NVIDIA GPU and a CUDA torch, found none\n"
+
+
 SMI = """#!/bin/sh
 echo "NVIDIA X, 1.2, 1 MHz, 2 MHz, 3 MHz, 4 MHz, 700.00 W"
 """
 
 
-def test_steps_and_summary(tmp_path: Path) -> None:
+def test_what_a_summary_says_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text(SMI)
     smi.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    run = bash("-c", STEPS, "-", tmp_path, SCRIPT=str(SCRIPT), PATH=path, UNIPOOL_COMMIT="abc")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.endswith("failed=1\n")
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["gpu"], summary["driver"]) == ("NVIDIA X", "1.2")
-    assert summary["clocks"]["clocks.max.sm"] == "3 MHz"
-    assert summary["torch"] == torch.__version__
-    assert summary["commit"].removesuffix("-dirty") == "abc"
-    assert summary["passed"] is False
-    steps = {s["name"]: (s["status"], s["detail"]) for s in summary["steps"]}
-    assert steps["good"] == ("passed", 'all "well"')
-    assert steps["bad"] == ("failed", "exit status 7; broken")
-    assert steps["slow"] == ("failed", "stopped after 1 s; ")
-    assert steps["silent"] == ("failed", "its log does not say 'SUMMARY: 0'; nothing")
-    assert steps["clean"][0] == "passed"
-    assert steps["late"][0] == "failed"
-    assert steps["tool"] == ("not run", "not installed")
-    assert [line for line in run.stdout.splitlines() if line.startswith("bad  ")]
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("UNIPOOL_COMMIT", "abc")
+    found = {"torch": "2.11.0", "cuda": "13.0", "gpu": "X", "software": False}
+    about = gpu_check.about(found, rehearse=False)
+    assert (about["gpu"], about["driver"], about["rehearsal"]) == ("NVIDIA X", "1.2", False)
+    assert about["clocks"]["clocks.max.sm"] == "3 MHz"
+    assert about["commit"].removesuffix("-dirty") == "abc"
+    assert gpu_check.about(found, rehearse=True)["rehearsal"]
+    software = gpu_check.about(found | {"software": True, "gpu": "soft"}, rehearse=False)
+    assert (software["gpu"], software["rehearsal"]) == ("soft", True)
+
+
+# --- the package
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """A folder of libraries with debugging symbols in them."""
+    folder = tmp_path / "built"
+    folder.mkdir()
+    source = tmp_path / "a.c"
+    source.write_text("int answer(void) { return 42; }\n")
+    for name in gpu_package.LIBRARIES:
+        command = ["cc", "-g", "-shared", "-fPIC", source, "-o", folder / name]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def test_package_is_stripped_and_says_its_torch(
+    tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"torch": "2.11.0", "ops": 3, "missing": []}
+    monkeypatch.setattr(gpu_package, "loaded", lambda _: found)
+    gpu_package.pack(tmp_path / "package", built)
+    for name in gpu_package.LIBRARIES:
+        assert b".debug_info" not in (tmp_path / "package" / "lib" / name).read_bytes()
+        assert b"answer" in (tmp_path / "package" / "lib" / name).read_bytes()
+    about = json.loads((tmp_path / "package" / "package.json").read_text())
+    assert (about["torch"], about["ops"]) == ("2.11.0", 3)
+    found["missing"] = ["unipool::permute"]
+    with pytest.raises(SystemExit, match="no CUDA kernel for unipool::permute"):
+        gpu_package.pack(tmp_path / "package", built)
+
+
+def test_package_that_is_too_large_or_does_not_load(
+    tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="the libraries do not load: "):
+        gpu_package.pack(tmp_path / "package", built)
+    monkeypatch.setattr(gpu_package, "LIMIT", 2**20)
+    with pytest.raises(SystemExit, match=r"and the repository are .* MiB, more than 1: compile"):
+        gpu_package.pack(tmp_path / "package", built)
+    (built / "libunipool_cuda.so").unlink()
+    with pytest.raises(SystemExit, match=r"libunipool_cuda\.so is missing"):
+        gpu_package.pack(tmp_path / "package", built)
+
+
+# --- docs/hardware.md
+
+
+def results_of(folder: Path, failed: int = 0, **changes: object) -> Path:
+    """As a run of gpu_check leaves them."""
+    folder.mkdir()
+    steps = [{"name": "memcheck", "status": "passed"}, {"name": "racecheck", "status": "not run"}]
+    steps.append({"name": "tests", "status": "passed"})
+    summary = {"rehearsal": False, "gpu": "NVIDIA X", "driver": "580", "commit": "0123456789abc"}
+    (folder / "summary.json").write_text(json.dumps({**summary, "steps": steps, **changes}))
+    results = [
+        {"op": "permute", "compared": 20, "failed": [{}] * failed},
+        {"op": "unpermute_weighted", "compared": 22, "failed": []},
+    ]
+    smoke = {"environment": {"rehearsal": False}, "results": results, "raised": []}
+    (folder / "smoke.json").write_text(json.dumps(smoke))
+    return folder
+
+
+PAGE = """# Hardware
+
+| kernel | software | GPU, driver, commit |
+| --- | --- | --- |
+| `permute`, `unpermute` | all | not yet run |
+| `expert_mlp` and backward | some | not yet run |
+
+| other | table |
+| --- | --- |
+| `permute` | stays |
+"""
+
+
+def test_rows_of_the_hardware_page(tmp_path: Path) -> None:
+    page = hardware_table.updated(PAGE, [hardware_table.load(results_of(tmp_path / "a"))])
+    wanted = "NVIDIA X, 580, 012345678: 42 results as on the CPU; memcheck clean; all tests pass"
+    assert page == PAGE.replace("| all | not yet run |", f"| all | {wanted} |")
+    assert hardware_table.updated(page, []) == PAGE
+
+
+def test_hardware_page_says_what_failed(tmp_path: Path) -> None:
+    folder = results_of(tmp_path / "a", failed=2)
+    smoke = json.loads((folder / "smoke.json").read_text())
+    smoke["raised"] = ["expert_mlp ragged torch.float16: CUDA error"]
+    (folder / "smoke.json").write_text(json.dumps(smoke))
+    page = hardware_table.updated(PAGE, [hardware_table.load(folder)])
+    assert "**2 of 42 results differ from the CPU's**; memcheck clean" in page
+    assert page.count("**1 calls failed**") == 1
+
+
+def test_last_run_of_each_gpu_counts(tmp_path: Path) -> None:
+    folders = [
+        results_of(tmp_path / "1", failed=1),
+        results_of(tmp_path / "2"),
+        results_of(tmp_path / "3", gpu="NVIDIA Y"),
+    ]
+    page = hardware_table.updated(PAGE, [hardware_table.load(f) for f in folders])
+    assert "differ" not in page
+    assert page.count("<br>NVIDIA Y") == 1
+
+
+@pytest.mark.parametrize("file", ["summary.json", "smoke.json"])
+def test_rehearsal_never_gets_into_the_hardware_page(tmp_path: Path, file: str) -> None:
+    folder = results_of(tmp_path / "a")
+    found = json.loads((folder / file).read_text())
+    place = found["environment"] if file == "smoke.json" else found
+    place["rehearsal"] = True
+    (folder / file).write_text(json.dumps(found))
+    target = tmp_path / "page.md"
+    command = [sys.executable, ROOT / "bench" / "hardware_table.py", folder, "--to", target]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.endswith("a: a rehearsal says nothing about a GPU\n")
+    assert not target.exists()
+
+
+def test_the_page_itself_has_the_column() -> None:
+    page = hardware_table.PAGE.read_text()
+    assert hardware_table.updated(page, hardware_table.committed_runs()) == page
 
 
 # --- its parts
-
-
-@without_gpu
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("bench_kernels", []),
-        ("bench_experts", []),
-        ("gpu_smoke", []),
-        ("bench_integration", ["--device", "cuda"]),
-        ("pool_step", ["--device", "cuda"]),
-    ],
-)
-def test_parts_say_that_they_need_a_gpu(name: str, options: list[str]) -> None:
-    command = [sys.executable, ROOT / "bench" / f"{name}.py", *options]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stdout == f"{name}: needs an NVIDIA GPU and a CUDA torch, found none\n"
 
 
 def test_prebuilt_libraries_need_no_extension_of_this_python(tmp_path: Path) -> None:
@@ -200,7 +535,7 @@ def test_expert_benchmark_runs_on_the_cpu(capsys: pytest.CaptureFixture) -> None
     assert all(p["share_of_floor"] > 0 for p in result["products"])
     assert [t["name"] for t in result["layer"]] == [
         "unipool",
-        "grouped_mm, compiled glue",
+        "grouped_mm, eager glue",
         "eager loop",
         "dense matmul, equal FLOPs",
     ]
@@ -230,8 +565,44 @@ def test_verdicts_of_the_expert_benchmark() -> None:
 
 
 def test_every_case_of_the_smoke_run_exists() -> None:
-    for names in (gpu_smoke.NAMES, gpu_smoke.EXPERT_NAMES, gpu_smoke.FEW_EXPERT_NAMES):
+    for names in (gpu_smoke.NAMES, gpu_smoke.EXPERT_NAMES, gpu_smoke.FEW_NAMES):
         assert gpu_smoke.named(names)
+    assert set(gpu_check.REHEARSAL_CASES) <= set(compare_backends.cases.BY_NAME)
+
+
+def test_smoke_takes_every_tile_of_an_h100() -> None:
+    _C = pytest.importorskip("unipool._C")
+    for case in gpu_smoke.LARGE:
+        rows, D, F, M = case.tokens * case.top_k, case.d_model, case.d_ff, case.experts
+        products = [("rows", 2 * F, D), ("rows", D, F), ("rows_bwd", F, D), ("rows_bwd", D, 2 * F)]
+        tiles = {_C.choose_gemm_tile(kind, rows, M, n, k) for kind, n, k in products}
+        assert tiles == {case.name.replace("tiles_of_", "t")}
+    assert _C.choose_gemm_tile("wgrad", rows, M, D, F) == "t128"
+
+
+def test_smoke_goes_on_after_an_op_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = compare_backends.cases
+    pairs = cases.pairs([cases.PERMUTE, cases.UNPERMUTE], gpu_smoke.named(("dropped",)))
+
+    def run(backend: object, spec: object, case: object, dtype: torch.dtype) -> dict:
+        if backend is compare_backends.CUDA and spec is cases.PERMUTE:
+            raise RuntimeError("no luck\nmore of it")
+        return compare_backends.results_on(CPU, spec, case, BF16 if dtype == F32 else F32)
+
+    monkeypatch.setattr(gpu_smoke, "context_works", lambda: True)
+    found, raised = gpu_smoke.smoke(pairs, run)
+    assert {d.op for d in found} == {"unpermute"}
+    assert raised[0] == "permute dropped torch.float32: no luck"
+    assert len(raised) == 3
+    monkeypatch.setattr(gpu_smoke, "context_works", lambda: False)
+    found, raised = gpu_smoke.smoke(pairs, run)
+    assert (found, raised[1:]) == ([], ["the context is broken: nothing more can run"])
+
+
+def test_tiles_that_ran() -> None:
+    names = {f"void k<unipool::Tile<{t}, 3, 2, 2>, true>(A)" for t in ("float, 64, 64, 16",)}
+    names |= {f"void k<Tile<__half, {m}, 128, 64>>(A)" for m in (128, 16)} | {"void other(int)"}
+    assert gpu_smoke.tiles_of(names) == ["16x128 __half", "128x128 __half", "64x64 float"]
 
 
 def test_kernels_that_did_not_run_are_named() -> None:
@@ -239,6 +610,28 @@ def test_kernels_that_did_not_run_are_named() -> None:
     assert gpu_smoke.missing_kernels({"unpermute_kernel"}, ran) == []
     assert gpu_smoke.missing_kernels({"permute_kernel"}, ran) == ["permute_kernel"]
     assert {"norm_topk_kernel", "permute_kernel", "scan_kernel"} <= gpu_smoke.our_kernels()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_times_of_a_cuda_call_are_taken_by_events() -> None:
+    calls: list[str] = []
+    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
+    found, host_share = harness.interleave_on_gpu(ways, warmup=1, runs=3)
+    assert "".join(calls) == "ab" + "ababab"
+    assert [(t.name, t.runs) for t in found] == [("a", 3), ("b", 3)]
+    assert all(t.median >= 0 for t in found)
+    assert host_share > 0
+
+
+def test_relative_error_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "PIECE", 7)
+    wanted = torch.randn(5, 9)
+    got = wanted + 0.01 * torch.randn(5, 9)
+    error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+    assert harness.relative_error(got, wanted) == pytest.approx(error.item(), rel=1e-12)
+    assert harness.relative_error(wanted.bfloat16(), wanted.bfloat16()) == 0
+    with pytest.raises(ValueError, match=r"shapes \[5, 9\] and \[1, 9\]"):
+        harness.relative_error(got, wanted[:1])
 
 
 def test_compare_tensors() -> None:

@@ -148,8 +148,6 @@ struct Tile {
   static constexpr int kM = kM_, kN = kN_, kK = kK_, kStages = kStages_;
   static constexpr int kThreads = kWarp * kWarpsM * kWarpsN;
   static constexpr int kPair = Math::kPair;
-  // Blocks of one multiprocessor that registers are to be saved for (__launch_bounds__).
-  static constexpr int kBlocks = kM * kN / kThreads <= 64 ? 3 : 2;
 
   using A = Operand<T, kM, kK, kStages, kThreads, kMajorA>;
   using B = Operand<T, kN, kK, kStages, kThreads, kMajorB>;
@@ -162,6 +160,10 @@ struct Tile {
   static constexpr int kElementsA = kStages * A::kStageElements;
   static constexpr size_t kPipelineBytes =
       sizeof(T) * kStages * (A::kStageElements + B::kStageElements);
+  // Blocks of one multiprocessor that registers are to be saved for (__launch_bounds__): three if a
+  // thread's sums and the shared memory of an H100 leave room for them.
+  static constexpr int kBlocks =
+      kM * kN / kThreads <= 64 && 3 * kPipelineBytes <= 220 * 1024 ? 3 : 2;
 
   __device__ __forceinline__ static auto zeros() {
     auto acc = cute::partition_fragment_C(Mma{}, cute::Shape<cute::Int<kM>, cute::Int<kN>>{});
