@@ -277,6 +277,7 @@ class Parser {
       }
       return;
     }
+    const string text = s;
     Instruction i;
     i.line = line_;
     i.source = int(k.sources.size()) - 1;
@@ -338,6 +339,7 @@ class Parser {
       throw Error("line " + std::to_string(line_) + ": " + s + ": " + e.what());
     }
     k.code.push_back(std::move(i));
+    k.texts.push_back(text);
   }
 
   Kernel& k;
@@ -355,7 +357,10 @@ class Parser {
 }  // namespace
 
 Module::Module(string text) : text_(std::move(text)) {
-  size_t at = 0;
+  size_t at = text_.find("\n.target ");
+  if (at != string::npos)
+    architecture_ = text_.substr(at + 9, text_.find_first_of(", \r\n", at + 9) - at - 9);
+  at = 0;
   while ((at = text_.find(".entry ", at)) != string::npos) {
     const size_t name = at + 7, open = text_.find('(', name);
     const size_t begin = text_.find('{', open);
@@ -393,8 +398,9 @@ vector<std::pair<size_t, size_t>> Module::params(const string& name) const {
 Kernel& Module::kernel(const string& name) {
   Entry& e = entries_.at(name);
   if (e.kernel) return *e.kernel;
-  auto k = std::make_unique<Kernel>();
+  auto k = std::make_shared<Kernel>();
   k->name = name;
+  k->architecture = architecture_;
   Parser parser(*k, files_);
   const size_t close = text_.find(")\n", e.begin), begin = text_.find('{', e.begin);
   parser.params(text_.substr(e.begin + 1, close - e.begin - 1));
@@ -405,6 +411,7 @@ Kernel& Module::kernel(const string& name) {
     for (size_t at = text_.find(start); at != string::npos; at = text_.find(start, at + 1))
       parser.module_shared(variable(text_.substr(at + 1, text_.find(';', at) - at - 1)));
   parser.body(text_.substr(begin + 1, e.end - begin - 1), e.line);
+  keep_for_coverage(k);
   e.kernel = std::move(k);
   return *e.kernel;
 }

@@ -55,9 +55,10 @@ struct Instruction {
 };
 
 struct Kernel {
-  std::string name;
-  std::vector<Instruction> code;
-  std::vector<std::string> sources;               // "file.cu:12"
+  std::string name, architecture;    // "sm_90a"
+  std::vector<Instruction> code;     // the last one ends a body that does not end by itself
+  std::vector<std::string> texts;    // of the instructions as they stand in the PTX
+  std::vector<std::string> sources;  // "file.cu:12"
   std::vector<std::pair<size_t, size_t>> params;  // offset, size
   std::vector<char> param_bytes;                  // of the launch; where ld.param looks
   std::vector<unsigned char> file;                // registers as a warp starts
@@ -85,9 +86,9 @@ class Module {
   struct Entry {
     size_t begin, end;
     int line;
-    std::unique_ptr<Kernel> kernel;
+    std::shared_ptr<Kernel> kernel;
   };
-  std::string text_;
+  std::string text_, architecture_;
   std::map<std::string, Entry> entries_;
   std::map<std::string, std::string> files_;
 };
@@ -101,6 +102,11 @@ struct Options {
   bool early = false;    // SOFTGPU_ASYNC=early: cp.async lands when issued, not when waited for
 };
 extern Options options;
+
+// With SOFTGPU_COVERAGE=FILE the process appends, at its end, a line per kernel that was launched:
+// softgpu/python/softgpu/coverage.py describes it.
+void keep_for_coverage(const std::shared_ptr<const Kernel>& kernel);
+std::string coverage_line(const Kernel& kernel);
 
 // Runs all blocks, one after another. Throws Error, with kernel, block, lanes and line.
 void launch(Kernel& kernel, Dim grid, Dim block, size_t dynamic_shared);

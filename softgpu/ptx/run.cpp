@@ -96,6 +96,7 @@ void Warp::run() {
     ++steps;
     lane_steps += unsigned(__builtin_popcount(mask));
     if (!mask) {
+      i.ran |= i.target >= 0;  // a branch that was reached
       ++pc;
       continue;
     }
