@@ -14,11 +14,12 @@ missed; a branch counts as executed once it was reached. Kernels that were never
 line; inventory() makes one from their PTX.
 """
 
-import ctypes
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from softgpu.ptx import ask
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,4 @@ def load(files: Iterable[str | Path]) -> dict[Key, Coverage]:
 
 def inventory(ptx: str) -> dict[Key, Coverage]:
     """Every kernel of a PTX text, with all of its instructions missed."""
-    runtime = ctypes.CDLL("libcudart.so.13")
-    runtime.softgpu_ptx_inventory.restype = ctypes.c_char_p
-    text = runtime.softgpu_ptx_inventory(ptx.encode()).decode()
-    if text.startswith("error: "):
-        raise ValueError(text.removeprefix("error: "))
-    return merge(text.splitlines())
+    return merge(ask("softgpu_ptx_inventory", ptx.encode()).splitlines())
