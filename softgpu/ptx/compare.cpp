@@ -97,29 +97,34 @@ void slct(Warp& w, const Instruction& i) {
   });
 }
 
-bool test(const double x, int kind, bool is_float) {
-  const int c = is_float ? std::fpclassify(float(x)) : std::fpclassify(x);
-  if (kind <= FP_SUBNORMAL + 10 && kind >= 10) return c == kind - 10;
-  if (kind == 0) return c != FP_INFINITE && c != FP_NAN;
-  return kind == 1 ? c != FP_NAN : c == FP_NAN;
+enum Kind : u32 { kFinite, kInfinite, kNumber, kNotANumber, kNormal, kSubnormal };
+template <class T>
+bool is_kind(T x, u32 kind) {
+  switch (kind) {
+    case kFinite:
+      return std::isfinite(x);
+    case kInfinite:
+      return std::isinf(x);
+    case kNumber:
+      return !std::isnan(x);
+    case kNotANumber:
+      return std::isnan(x);
+    case kNormal:
+      return std::isnormal(x);
+    default:
+      return std::fpclassify(x) == FP_SUBNORMAL;
+  }
 }
 template <class T>
 void testp(Warp& w, const Instruction& i) {
   Mask r = 0;
-  each(w.mask, [&](int l) {
-    r |= Mask(test(double(w.at<T>(i.o[1])[l]), int(i.mode), sizeof(T) == 4)) << l;
-  });
+  each(w.mask, [&](int l) { r |= Mask(is_kind(w.at<T>(i.o[1])[l], i.mode)) << l; });
   w.set_predicate(i.o[0], r);
 }
 Handler testp_of(const Opcode& op, Instruction& i) {
-  const std::string_view k =
-      op.one_of({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
-  i.mode = k == "finite"       ? 0
-           : k == "number"     ? 1
-           : k == "notanumber" ? 2
-           : k == "infinite"   ? 10 + FP_INFINITE
-           : k == "normal"     ? 10 + FP_NORMAL
-                               : 10 + FP_SUBNORMAL;
+  const char* const names[] = {"finite", "infinite", "number", "notanumber", "normal", "subnormal"};
+  for (u32 kind = 0; kind < std::size(names); ++kind)
+    if (op.has(names[kind])) i.mode = kind;
   return PTX_FOR(PTX_FLOATS, op.type(), &testp<T>);
 }
 

@@ -129,7 +129,7 @@ u64 converted(const Instruction& i, u64 bits) {
   const bool integral = i.mode & kIntegral;
   if (integral) x = to_integral(x, rounding);
   if (i.saturate) x = x > 0 ? std::min(x, 1.0L) : 0.0L;
-  if (i.mode & kRelu && x < 0) x = 0;
+  if (i.mode & kRelu && std::signbit(x)) x = x != x ? x : 0;
   u64 r = narrowed(x, to.format, integral ? Rounding::nearest : rounding, i.mode & kFinite);
   if (to.bits == 32 && to.format.mantissa == kTF32.mantissa) r = r << 13 | (x != x ? 0x1fff : 0);
   if (i.flush && to.format.mantissa == kF32.mantissa && !(r & 0x7f800000)) r &= 0x80000000;

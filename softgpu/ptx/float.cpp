@@ -91,6 +91,21 @@ PTX_UNARY(Tanh, std::tanh(a));
 PTX_UNARY(Sin, std::sin(a));
 PTX_UNARY(Cos, std::cos(a));
 
+// The library's functions look at the bits of a subnormal, whatever MXCSR says.
+template <class Op>
+struct Flushed {
+  template <class R, class A>
+  static R f(A a) {
+    return Op::template f<R>(std::fabs(a) < std::numeric_limits<A>::min() ? std::copysign(A(0), a)
+                                                                          : a);
+  }
+};
+template <class Op>
+Handler function(const Opcode& op, Instruction& i) {
+  const bool flush = op.has("ftz");
+  return with_modes(op, i, flush ? &unary<Flushed<Op>, float, float> : &unary<Op, float, float>);
+}
+
 constexpr u32 kFlush = 0x8040;  // MXCSR: subnormal results, and subnormal operands, are zeros
 u32 rounding_bits(std::string_view mode) {
   return mode == "rm" ? 0x2000 : mode == "rp" ? 0x4000 : mode == "rz" ? 0x6000 : 0;
@@ -237,12 +252,12 @@ Handler special_function(const Opcode& op, Instruction& i) {
   if (name == "sqrt") return with_modes(op, i, PTX_FOR(PTX_FLOATS, t, &unary<Sqrt, T, T>));
   if (name == "rcp") return with_modes(op, i, PTX_FOR(PTX_FLOATS, t, &unary<Rcp, T, T>));
   if (name == "rsqrt") return with_modes(op, i, PTX_FOR(PTX_FLOATS, t, &unary<Rsqrt, T, T>));
-  if (t != "f32" || !(approx)) return nullptr;
-  if (name == "ex2") return with_modes(op, i, &unary<Ex2, float, float>);
-  if (name == "lg2") return with_modes(op, i, &unary<Lg2, float, float>);
-  if (name == "tanh") return with_modes(op, i, &unary<Tanh, float, float>);
-  if (name == "sin") return with_modes(op, i, &unary<Sin, float, float>);
-  if (name == "cos") return with_modes(op, i, &unary<Cos, float, float>);
+  if (t != "f32" || !approx) return nullptr;
+  if (name == "ex2") return function<Ex2>(op, i);
+  if (name == "lg2") return function<Lg2>(op, i);
+  if (name == "tanh") return function<Tanh>(op, i);
+  if (name == "sin") return function<Sin>(op, i);
+  if (name == "cos") return function<Cos>(op, i);
   return nullptr;
 }
 

@@ -7,6 +7,7 @@ run_ptx(text, "kernel", grid=1, block=32, arguments=[x, y, numpy.int32(5)], shar
 
 import ctypes
 import json
+import mmap
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +36,38 @@ def ask(function: str, *arguments: object) -> str:
     return answer
 
 
-def _bytes(argument: object) -> bytes:
+class _Memory:
+    """Copies of arrays as an allocation of the device has them: aligned to 256 bytes, and with a
+    page behind their last 256 bytes that cannot be touched."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def address(self, array: np.ndarray) -> int:
+        if not array.flags.c_contiguous:
+            raise ValueError("an argument is not contiguous")
+        if id(array) not in self.copies:
+            page = mmap.PAGESIZE
+            size = -(-max(array.nbytes, 1) // 256) * 256
+            pages = -(-size // page) * page
+            memory = np.frombuffer(mmap.mmap(-1, pages + page), np.uint8)
+            end = memory.ctypes.data + pages
+            ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0)
+            copy = memory[pages - size : pages - size + array.nbytes]
+            copy[:] = np.frombuffer(array.tobytes(), np.uint8)
+            self.copies[id(array)] = array, copy
+        return self.copies[id(array)][1].ctypes.data
+
+    def copy_back(self) -> None:
+        for array, copy in self.copies.values():
+            if array.flags.writeable:
+                array[...] = copy.view(array.dtype).reshape(array.shape)
+
+
+def _bytes(argument: object, memory: _Memory) -> bytes:
     """An array is passed as its address, a numpy scalar or bytes as they are."""
     if isinstance(argument, np.ndarray):
-        if not argument.flags.c_contiguous:
-            raise ValueError("an argument is not contiguous")
-        return argument.ctypes.data.to_bytes(8, "little")
+        return memory.address(argument).to_bytes(8, "little")
     if isinstance(argument, np.generic):
         return argument.tobytes()
     if isinstance(argument, bytes):
@@ -63,22 +90,26 @@ def run_ptx(
     settings: str = "",
 ) -> dict:
     """Launches a kernel of a PTX text; returns its profile (with "profile=1" in the settings) and
-    its coverage. Settings are those of SOFTGPU_*: "check=1 order=random:7 async=early profile=1".
+    its coverage. The arrays are copied to the device and back. Settings are those of SOFTGPU_*: "check=1 order=random:7 async=early profile=1".
     Raises PtxError.
     """
-    values = [_bytes(a) for a in arguments]
-    answer = ask(
-        "softgpu_run_ptx",
-        text.encode(),
-        kernel.encode(),
-        _dim(grid),
-        _dim(block),
-        b"".join(values),
-        (ctypes.c_size_t * max(1, len(values)))(*map(len, values)),
-        ctypes.c_size_t(len(values)),
-        ctypes.c_size_t(shared),
-        settings.encode(),
-    )
+    memory = _Memory()
+    values = [_bytes(a, memory) for a in arguments]
+    try:
+        answer = ask(
+            "softgpu_run_ptx",
+            text.encode(),
+            kernel.encode(),
+            _dim(grid),
+            _dim(block),
+            b"".join(values),
+            (ctypes.c_size_t * max(1, len(values)))(*map(len, values)),
+            ctypes.c_size_t(len(values)),
+            ctypes.c_size_t(shared),
+            settings.encode(),
+        )
+    finally:
+        memory.copy_back()
     profile, coverage = map(json.loads, answer.splitlines())
     return {"profile": profile, "coverage": coverage}
 
