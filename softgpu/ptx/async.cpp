@@ -33,7 +33,7 @@ void cp_async(Warp& w, const Instruction& i) {
     bytes = take<u32>(w, i.o[2], l);
     const u32 read = i.o.size() > 3 && !i.mode ? take<u32>(w, i.o[3], l) : u32(bytes);
     const u32 to = u32(w.lane_value(i.o[0], l) + u64(i.offset));
-    const u64 from = w.lane_value(i.o[1], l);
+    const u64 from = w.lane_value(i.o[1], l) + u64(i.offset2);
     if (to % bytes || (read && from % bytes)) throw Error("cp.async: misaligned address");
     if (read > bytes) throw Error("cp.async: reads more than it writes");
     to_shared[l] = w.shared(to, bytes);

@@ -309,11 +309,11 @@ class Parser {
     return special(s);
   }
 
-  void address(string token, Instruction& i) {
+  void address(string token, Instruction& i, int64_t& offset) {
     token = trim(token.substr(1, token.size() - 2));
     const size_t plus = token.find('+');
     if (plus != string::npos) {
-      i.offset = int64_t(parse_number(trim(token.substr(plus + 1))));
+      offset = int64_t(parse_number(trim(token.substr(plus + 1))));
       token = trim(token.substr(0, plus));
     }
     i.o.push_back(operand(token, 8));
@@ -321,11 +321,13 @@ class Parser {
 
   void operands(const string& opcode, const vector<string>& tokens, Instruction& i) {
     const bool moves = opcode.starts_with("mov");
+    bool second = false;
     for (size_t t = 0; t < tokens.size(); ++t) {
       const string& token = tokens[t];
       const uint8_t size = immediate_bytes(opcode, t);
       if (token[0] == '[') {
-        address(token, i);
+        address(token, i, second ? i.offset2 : i.offset);
+        second = true;
       } else if (token[0] == '{') {
         const auto parts = split(token.substr(1, token.size() - 2));
         // The type of a move is that of the whole.

@@ -92,6 +92,7 @@ void Warp::branch(int to, Mask taken) {
 void Warp::leave(Mask lanes) {
   live &= ~lanes;
   group &= ~lanes;
+  for (Group& g : others) g.parked = false;  // it may have waited for these lanes
   if (group) return;
   jumped = true;
   if (!others.empty()) reschedule(false);

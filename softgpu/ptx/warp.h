@@ -66,6 +66,7 @@ struct Instruction {
   int count = 1;        // elements of a vector; otherwise the handler's own
   int target = -1;      // of a branch
   int64_t offset = 0;   // of an address
+  int64_t offset2 = 0;  // of a second one
   std::vector<Operand> o;
   Handler inner = nullptr;  // what with_modes() runs
   uint32_t mode = 0;        // of rounding, as the handler knows it

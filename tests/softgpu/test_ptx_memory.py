@@ -400,7 +400,8 @@ def test_compare_and_swap(bits):
 
 def test_exchanges_of_all_widths():
     body = ".reg .b128 q, z; " + AT.format(16, 0)
-    body += "mov.u64 %rl2, 5; mov.u64 %rl3, 6; mov.b128 q, {%rl2, %rl3}; atom.global.exch.b128 z, [%rl0], q;"
+    body += "mov.u64 %rl2, 5; mov.u64 %rl3, 6; mov.b128 q, {%rl2, %rl3};"
+    body += "atom.global.exch.b128 z, [%rl0], q;"
     body += AT.format(16, 1) + "st.global.b128 [%rl0], z;"
     body += "atom.global.cas.b128 z, [%rl0], z, q;"
     data = np.arange(64, dtype=np.uint64)

@@ -235,7 +235,7 @@ def test_lanes_that_return_early_are_gone():
         ("setp.gt.u32 %p0, %lane, 3; @%p0 redux.sync.add.u32 %r0, %r1, -1;",
          "collective whose guard is false in some lanes"),
         ("setp.gt.u32 %p0, %lane, 3; @%p0 bra other; bar.warp.sync -1; bra end;"
-         "other: redux.sync.add.u32 %r0, %r1, -1; end:", "diverged warp: lanes wait for each other"),
+         "other: redux.sync.add.u32 %r0, %r1, -1; end:", "lanes wait for each other"),
         ("trap;", "trap"),
         ("brkpt;", "brkpt"),
     ],

@@ -90,8 +90,8 @@ def run_ptx(
     settings: str = "",
 ) -> dict:
     """Launches a kernel of a PTX text; returns its profile (with "profile=1" in the settings) and
-    its coverage. The arrays are copied to the device and back. Settings are those of SOFTGPU_*: "check=1 order=random:7 async=early profile=1".
-    Raises PtxError.
+    its coverage. The arrays are copied to the device and back. Settings are those of SOFTGPU_*:
+    "check=1 order=random:7 async=early profile=1". Raises PtxError.
     """
     memory = _Memory()
     values = [_bytes(a, memory) for a in arguments]
