@@ -22,6 +22,15 @@ uint64_t sectors(Mask lanes, char* const* p, size_t bytes) {
   return uint64_t(std::unique(all.begin(), all.end()) - all.begin());
 }
 
+// Different bytes that the lanes ask for: their accesses are aligned, so that two are of the same
+// bytes or of none.
+uint64_t different_bytes(Mask lanes, char* const* p, size_t bytes) {
+  std::vector<const char*> all;
+  for (Mask m = lanes; m; m &= m - 1) all.push_back(p[__builtin_ctz(m)]);
+  std::sort(all.begin(), all.end());
+  return bytes * uint64_t(std::unique(all.begin(), all.end()) - all.begin());
+}
+
 // The most different words that one bank has to give to these lanes.
 uint64_t wavefronts_of(Mask lanes, char* const* p, size_t bytes, const char* base) {
   std::array<std::vector<uint64_t>, kBanks> words;
@@ -63,10 +72,11 @@ void count_request(Warp& w, const Instruction& i, Mask lanes, char* const* p, si
                         : kind.writes ? profile.global_store
                                       : profile.global_load);
   ++c.requests;
-  c.bytes += bytes * unsigned(__builtin_popcount(lanes));
+  const uint64_t useful = different_bytes(lanes, p, bytes);
+  c.bytes += useful;
   if (shared) return add_wavefronts(c, lanes, p, bytes, w.block->shared_base);
   c.parts += sectors(lanes, p, bytes);
-  c.ideal += (bytes * unsigned(__builtin_popcount(lanes)) + kSector - 1) / kSector;
+  c.ideal += (useful + kSector - 1) / kSector;
 }
 
 }  // namespace ptx

@@ -33,7 +33,7 @@ ONE, TWO, FOUR = "u32 %r0", "v2.u32 {%r0, %r1}", "v4.u32 {%r0, %r1, %r2, %r3}"
         (ONE, 8, 0, 8, 128, 4),  # every other
         (ONE, 32, 0, 32, 128, 4),  # a sector each
         (ONE, 256, 0, 32, 128, 4),
-        (ONE, 0, 0, 1, 128, 4),  # all the same
+        (ONE, 0, 0, 1, 4, 1),  # all the same
         ("u8 %rs0", 1, 0, 1, 32, 1),
         (TWO, 8, 0, 8, 256, 8),
         (FOUR, 16, 0, 16, 512, 16),

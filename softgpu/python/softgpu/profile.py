@@ -12,9 +12,9 @@ and has none), `instructions` the issued ones by class. A request is one access 
 space. Global: `sectors` of 32 bytes that a request touches. Shared: `wavefronts` by 32 banks of 4
 bytes, each of which gives one word in a wavefront, to all lanes that ask for it; accesses of 8
 bytes are done by half a warp at a time, of 16 bytes and ldmatrix by a quarter. `ideal` is the least
-that the bytes (sectors) or the width (wavefronts) need, `bytes` what the lanes asked for. cp.async
-counts as a global load and a shared store. Constants, parameters and local memory are counted as
-instructions only. No caches: sectors are what the first level is asked for.
+that the bytes (sectors) or the width (wavefronts) need, `bytes` the different ones that the lanes
+asked for. cp.async counts as a global load and a shared store. Constants, parameters and local
+memory are counted as instructions only. No caches: sectors are what the first level is asked for.
 """
 
 import argparse
