@@ -43,6 +43,13 @@ void join(std::vector<uint16_t>& a, const std::vector<uint16_t>& b) {
   for (size_t n = 0; n < a.size(); ++n) a[n] = std::max(a[n], b[n]);
 }
 
+bool may_touch(const std::vector<std::pair<const char*, size_t>>& only, const char* p,
+               size_t bytes) {
+  return only.empty() || std::any_of(only.begin(), only.end(), [&](const auto& range) {
+           return p >= range.first && p + bytes <= range.first + range.second;
+         });
+}
+
 }  // namespace
 
 struct Checker::State {
@@ -133,6 +140,14 @@ void Checker::access(const Warp& w, int lane, const char* p, size_t bytes, Acces
       s << static_cast<const void*>(p + i);
     throw Error(s.str());
   };
+  if (const char* own = w.local_of(lane); p >= own && p < own + w.kernel->local) return;
+  if (!in_shared && !may_touch(w.block->options->only, p, bytes)) {
+    std::ostringstream s;
+    s << "outside of the memory that the kernel was given: thread " << now.thread()
+      << " at PTX line " << now.line << ", " << bytes << " bytes at global memory "
+      << static_cast<const void*>(p);
+    throw Error(s.str());
+  }
   for (size_t i = 0; i < bytes; ++i) {
     Byte& b = state->at(reinterpret_cast<uint64_t>(p + i));
     const bool written = b.write.block != kNobodyYet;

@@ -60,8 +60,37 @@ extern "C" const char* softgpu_run_ptx(const char* text, const char* kernel, con
       memcpy(bytes.data() + offset, arguments, size);
     }
     ptx::Kernel& k = module.kernel(kernel);
-    const ptx::Options options = ptx::Options::parse(settings);
+    ptx::Options options = ptx::Options::parse(settings);
+    options.only = ptx::Options::current().only;
     launch(k, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared, bytes, options);
     answer = profile_line(k) + coverage_line(k);
   });
 }
+
+// Sets Options::current(), but for `only` and what the environment says of the profile. The answer
+// is empty.
+extern "C" const char* softgpu_options(const char* settings) {
+  return answered([&] {
+    const ptx::Options& fixed = ptx::Options::of_environment();
+    ptx::Options options = ptx::Options::parse(settings);
+    options.only = ptx::Options::current().only;
+    options.profile = fixed.profile;
+    options.sms = fixed.sms;
+    ptx::Options::current() = options;
+  });
+}
+
+// Sets Options::only of what is current.
+extern "C" void softgpu_only(const void* const* starts, const size_t* sizes, size_t count) {
+  auto& only = ptx::Options::current().only;
+  only.clear();
+  for (size_t n = 0; n < count; ++n)
+    only.push_back({static_cast<const char*>(starts[n]), sizes[n]});
+}
+
+// set_override() with a PTX text, or null. The answer is empty.
+extern "C" const char* softgpu_override(const char* text) {
+  return answered([&] { ptx::set_override(text ? std::make_unique<ptx::Module>(text) : nullptr); });
+}
+
+extern "C" const char* softgpu_last_error() { return ptx::last_error.c_str(); }

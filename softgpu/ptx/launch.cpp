@@ -295,6 +295,13 @@ const Options& Options::of_environment() {
   return o;
 }
 
+Options& Options::current() {
+  static Options o = of_environment();
+  return o;
+}
+
+std::string last_error;
+
 void launch(Kernel& k, Dim grid, Dim block, size_t dynamic_shared, const std::vector<char>& params,
             const Options& options) {
   const Faults faults;
@@ -324,7 +331,8 @@ void launch(Kernel& k, Dim grid, Dim block, size_t dynamic_shared, const std::ve
       s << k.name << ": block " << n % grid.x << "," << n / grid.x % grid.y;
       if (grid.z > 1) s << "," << n / grid.x / grid.y;
       s << ": " << e.what() << (running ? where(*running) : "");
-      throw Error(s.str());
+      last_error = s.str();
+      throw Error(last_error);
     }
     for (const Warp& w : warps) b.clock += w.steps;
   }

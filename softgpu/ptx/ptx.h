@@ -46,6 +46,11 @@ class Module {
   std::map<std::string, std::shared_ptr<Kernel>> kernels_;
 };
 
+// From now on the kernels of this module stand in for those of other modules that have their names,
+// as c++filt shows them: those of anonymous namespaces differ from one compilation to the next.
+// They are in no report. Null: no longer.
+void set_override(std::unique_ptr<Module> module);
+
 enum class Order : uint8_t { forward, reverse, random };
 enum class Async : uint8_t { late, early, random };
 
@@ -57,15 +62,22 @@ struct Options {
   Async async{};         // SOFTGPU_ASYNC=early|random: when cp.async lands
   uint64_t seed = 0;     // of the random ones
   unsigned sms = 132;    // SOFTGPU_SMS: what %nsmid says
+  // With `check`: the global memory that may be touched; all if empty.
+  std::vector<std::pair<const char*, size_t>> only;
   // From "check=1 order=random:3 async=early profile=1". Throws Error.
   static Options parse(const std::string& settings);
   static const Options& of_environment();
+  // Those of launches that are given none: the environment's, until something else is set.
+  static Options& current();
 };
 
 // Runs all blocks, one after another, with the bytes of the parameters. Throws Error, with kernel,
 // block, lanes and line.
 void launch(Kernel& kernel, Dim grid, Dim block, size_t dynamic_shared,
-            const std::vector<char>& params, const Options& options = Options::of_environment());
+            const std::vector<char>& params, const Options& options = Options::current());
+
+// What the last launch that failed said.
+extern std::string last_error;
 
 // Lines of JSON: softgpu/python/softgpu/coverage.py and profile.py describe them.
 std::string coverage_line(const Kernel& kernel);

@@ -251,6 +251,9 @@ struct Warp {
   bool is_shared(const char* p) const {
     return p >= block->shared_base && p < block->shared_base + block->shared_size;
   }
+  const char* local_of(int lane) const {
+    return reinterpret_cast<const char*>(local.data()) + size_t(lane) * kernel->local;
+  }
   [[noreturn]] void outside(uint32_t offset, size_t bytes) const;
   void touch(int lane, const char* p, size_t bytes, Access kind) {
     if (block->checker) block->checker->access(*this, lane, p, bytes, kind);
