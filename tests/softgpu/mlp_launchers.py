@@ -2,17 +2,15 @@
 """The launchers of the expert MLP as functions of tensors, beside those of launchers.py."""
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from ctypes import c_int, c_int64, c_size_t, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from emulib import KERNELS, Lib, build
-from launchers import DTYPES, Launchers, _fresh, _pointer
+from kernel_library import Lib
+from launchers import DTYPES, Launchers, fresh, on_device, pointer
 from torch import Tensor
 
-SOURCES = ("cuda/expert_mlp.cu", "cuda/expert_mlp_bwd.cu")
 AUTO_TILE = -1
 TILES = {"t16": 0, "t32": 1, "t64": 2, "t128": 3, "f32": 4}  # by their index in gemm_tiles.h
 
@@ -44,18 +42,6 @@ class ExpertInputBwdArgs(ctypes.Structure):
     _fields_ = _fields("grad_preact", "gate_up", "order", "inverse", "offsets", "out")
 
 
-def mlp_library(flavour: str, mutate: Mapping[str, str] | None = None) -> Path:
-    """The kernels of the expert MLP behind C linkage; `mutate` replaces the text of some."""
-    mutate = mutate or {}
-    sources = [
-        build.kernel_source(build.CSRC / name, flavour, text=mutate.get(name), cute=True)
-        for name in SOURCES
-    ]
-    shims = [KERNELS / f"launch_{Path(name).stem}.cpp" for name in SOURCES]
-    sources += [build.kernel_source(shim, flavour) for shim in shims]
-    return build.library("unipool_mlp", sources, flavour)
-
-
 @dataclass(frozen=True)
 class Layer:
     """What all products of one layer share; sorted rows are those of its plan."""
@@ -81,6 +67,7 @@ class MlpLaunchers(Launchers):
         super().__init__(lib)
         self.place = place
 
+    @on_device
     def up(self, layer: Layer, x: Tensor, *, keep: bool = True, tile: int = AUTO_TILE):
         """preact [N, 2F] (None if not kept), hidden [N, F]"""
         rows, _, d_ff, *_ = layer.sizes
@@ -90,6 +77,7 @@ class MlpLaunchers(Launchers):
         self._run("expert_up", ExpertUpArgs, layer, [*inputs, preact, hidden], x.dtype, tile)
         return preact, hidden
 
+    @on_device
     def down(self, layer: Layer, hidden: Tensor, *, tile: int = AUTO_TILE) -> Tensor:
         """[T, D] if top_k is 1, else [N, D]: N = T then"""
         rows, d_model, *_ = layer.sizes
@@ -99,6 +87,7 @@ class MlpLaunchers(Launchers):
         self._run("expert_down", ExpertDownArgs, layer, tensors, hidden.dtype, tile)
         return out
 
+    @on_device
     def hidden_bwd(
         self, layer: Layer, grad: Tensor, preact: Tensor, *, in_place: bool, tile: int = AUTO_TILE
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,16 +96,15 @@ class MlpLaunchers(Launchers):
         preact = self.place(preact.clone())
         grad_preact = preact if in_place else self._output(rows, 2 * d_ff, grad.dtype)
         hidden = self._output(rows, d_ff, grad.dtype)
-        grad_weights = _fresh(layer.weights.shape, torch.float32)
-        size = self.lib.lib.emulated_expert_hidden_bwd_workspace
-        size.restype, size.argtypes = c_size_t, [c_int64, c_int64]
-        workspace = torch.full((size(rows, d_ff),), 255, dtype=torch.uint8)
+        grad_weights = fresh(layer.weights.shape, torch.float32)
+        workspace = self._workspace("expert_hidden_bwd", c_int64(rows), c_int64(d_ff))
         inputs = [self.place(grad), self.place(layer.down), layer.weights]
         inputs += [layer.order, layer.inverse, layer.offsets, preact]
         tensors = [*inputs, grad_preact, hidden, grad_weights, workspace]
         self._run("expert_hidden_bwd", ExpertHiddenBwdArgs, layer, tensors, grad.dtype, tile)
         return grad_preact, hidden, grad_weights
 
+    @on_device
     def input_bwd(self, layer: Layer, grad_preact: Tensor, *, tile: int = AUTO_TILE) -> Tensor:
         """[T, D] if top_k is 1, else [N, D]: N = T then"""
         rows, d_model, *_ = layer.sizes
@@ -127,7 +115,7 @@ class MlpLaunchers(Launchers):
         return out
 
     def _output(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        return self.place(_fresh((rows, width), dtype))
+        return self.place(fresh((rows, width), dtype))
 
     def _run(
         self,
@@ -138,5 +126,5 @@ class MlpLaunchers(Launchers):
         dtype: torch.dtype,
         tile: int,
     ) -> None:
-        pointers = [_pointer(t) for t in tensors]
+        pointers = [pointer(t) for t in tensors]
         self._launch(op, args(*pointers, *layer.sizes, DTYPES.index(dtype), tile), tensors)

@@ -1,26 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grouped products and the weight gradient against float64: every tile and dtype, forward and
-backward, under several schedules, with and without the checker.
+backward, under several schedules with the checker on.
 
 Operands that must not count are NaN: rows past the last expert's, weights of experts without rows,
 and tensors to be written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from cases import Tolerance
-from emulib import LaunchError, Lib, bits_equal, under_schedules
 from gemm_launchers import (
     MAX_WGRAD_SEGMENTS,
     TILES,
     GemmLaunchers,
     Segment,
-    gemm_library,
+)
+from kernel_library import (
+    SCHEDULES,
+    Lib,
+    RefusedError,
+    bits_equal,
+    running,
+    under_schedules,
 )
 from launchers import DTYPES, misaligned
 from tolerance import check_close
 from torch import Tensor
+
+from softgpu import calls
 
 HALVES = [torch.bfloat16, torch.float16]
 ROW_TILES = [*((d, t) for d in HALVES for t in TILES if t != "f32"), (torch.float32, "f32")]
@@ -30,11 +38,6 @@ SLOW_TILES = [*((d, "t64") for d in HALVES), (torch.float32, "f32")]
 
 def _names(values: list) -> list[str]:
     return [f"{str(dtype).removeprefix('torch.')}-{tile}" for dtype, tile in values]
-
-
-@pytest.fixture(scope="session")
-def lib(flavour: str) -> Lib:
-    return Lib(gemm_library(flavour))
 
 
 def _close(actual: Tensor, expected: Tensor, reduction: int, dtype: torch.dtype) -> None:
@@ -76,7 +79,7 @@ def _run(
         a, b = misaligned(a), misaligned(b)
     ops = GemmLaunchers(lib, misaligned if moved else lambda t: t)
     op = ops.grouped_mm_bwd_a if backward else ops.grouped_mm
-    (out,) = under_schedules(lib, lambda: [op(a, b, offsets, tile)])
+    (out,) = under_schedules(lambda: [op(a, b, offsets, tile)])
     expected = torch.zeros(out.shape, dtype=torch.float64)
     for e, matrix in enumerate(b.double()):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
@@ -115,6 +118,14 @@ def test_grouped_mm_at_odd_addresses(lib: Lib, dtype: torch.dtype, backward: boo
     _run(lib, Rows((4, 66), 3, 72, 40), dtype, -1, backward, moved=True)
 
 
+def test_a_block_takes_several_tiles(lib: Lib) -> None:
+    """Few multiprocessors are claimed: else none of these tests would reach a second tile."""
+    a, b, offsets = Rows((70, 65), 2, 264, 40).inputs(torch.bfloat16, 40)
+    with calls() as made:
+        GemmLaunchers(lib).grouped_mm(a, b, offsets, TILES["t64"])
+    assert [c["grid"] for c in made if c["call"] == "launch"] == ["5,1,1"]
+
+
 def test_grouped_mm_of_many_experts(lib: Lib) -> None:
     counts = (*(int(e % 50 == 7) for e in range(1023)), 18)
     _run(lib, Rows(counts, 20, 16, 16), torch.bfloat16, TILES["t16"], False)
@@ -148,7 +159,7 @@ def test_a_row_reaches_no_other_row(lib: Lib, tile: int) -> None:
 )
 def test_a_tile_that_is_not_compiled_is_refused(lib: Lib, dtype: torch.dtype, tile: str) -> None:
     a, b, offsets = Rows((3,), 0, 8, 8).inputs(dtype, 8)
-    with pytest.raises(LaunchError):
+    with pytest.raises(RefusedError):
         GemmLaunchers(lib).grouped_mm(a, b, offsets, len(TILES) if tile is None else TILES[tile])
 
 
@@ -195,6 +206,8 @@ class Layers:
         for s in segments:
             for e in range(self.sizes[0]):
                 rows = torch.arange(int(s.offsets[e]), int(s.offsets[e + 1]))
+                if s.order is not None:
+                    rows = rows[(s.order[rows] >= 0) & (s.order[rows] < s.rows)]
                 grad, x = (
                     t[rows if top_k == 0 else s.order[rows].long() // top_k].double()
                     for t, top_k in zip((s.grad, s.input), self.top_k, strict=True)
@@ -225,7 +238,6 @@ def _wgrad(
         ]
     ops = GemmLaunchers(lib, misaligned if moved else lambda t: t)
     (out,) = under_schedules(
-        lib,
         lambda: [
             ops.grouped_wgrad(
                 segments, case.sizes, top_k=case.top_k, out_dtype=out_dtype, tile=tile
@@ -271,7 +283,6 @@ def test_grouped_wgrad_adds(lib: Lib, dtype: torch.dtype, tile: str, width: int)
     before = torch.randn(case.sizes, generator=torch.Generator().manual_seed(1))
     before[1] = torch.nan  # would show if it were read and written back as another NaN or zero
     (out,) = under_schedules(
-        lib,
         lambda: [
             GemmLaunchers(lib).grouped_wgrad(
                 segments, case.sizes, add_to=before.clone(), tile=TILES[tile]
@@ -287,6 +298,31 @@ def test_grouped_wgrad_adds(lib: Lib, dtype: torch.dtype, tile: str, width: int)
 def test_grouped_wgrad_of_many_segments(lib: Lib) -> None:
     case = Layers(((1, 0, 2),) * MAX_WGRAD_SEGMENTS, 8, 16)
     _wgrad(lib, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("width", [72, 45], ids=["fast", "slow"])
+def test_grouped_wgrad_of_foreign_slots(lib: Lib, width: int) -> None:
+    """A slot outside of its segment's is none, also among the rows of an expert."""
+    case = Layers(((5, 0, 40), (60, 0, 1)), 136, width, (0, 2))
+    segments = case.segments(torch.bfloat16)
+    for row, foreign in ((0, -7), (3, segments[0].rows), (20, 2**31 - 1)):
+        segments[0].order[row] = foreign
+    (out,) = under_schedules(
+        lambda: [GemmLaunchers(lib).grouped_wgrad(segments, case.sizes, top_k=case.top_k)]
+    )
+    _close(out.flatten(1), case.expected(segments).flatten(1), case.depth, out.dtype)
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 5, 2**31 - 1, 47], [-3, 5, 60, 61], [40, 5, 9, 90]], ids=str
+)
+def test_grouped_wgrad_of_foreign_offsets(lib: Lib, offsets: list[int]) -> None:
+    """They say nothing, but no memory outside of the operands is touched: the checker would see."""
+    case = Layers(((5, 0, 40), (60, 0, 1)), 136, 72)
+    first, second = case.segments(torch.bfloat16)
+    segments = [replace(first, offsets=torch.tensor(offsets).int()), second]
+    with running(SCHEDULES[0], check=True):
+        GemmLaunchers(lib).grouped_wgrad(segments, case.sizes)
 
 
 @pytest.mark.parametrize("counts", [((0, 0),), ((0, 0), (0, 0))], ids=str)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launchers of csrc/include/unipool as functions of tensors. Outputs start as NaN or -7, so an
-element that a kernel leaves unwritten shows."""
+"""The launchers of csrc/include/unipool as functions of tensors of the CPU, whose copies on the
+device the kernels get. Outputs start as NaN or -7, so an element that a kernel leaves unwritten
+shows."""
 
 import ctypes
-from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from ctypes import c_bool, c_float, c_int, c_int32, c_int64, c_void_p
 
 import torch
-from emulib import Lib
+from kernel_library import Lib
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # by the value of unipool::DType
@@ -95,6 +98,31 @@ class UnpermuteBwdArgs(ctypes.Structure):
     ]
 
 
+def _moved(value: object, device: str) -> object:
+    """Tensors in lists and dataclasses are moved, too; what is misaligned stays it."""
+    if isinstance(value, Tensor):
+        moved = value.to(device)
+        return misaligned(moved) if value.data_ptr() % 16 else moved
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(v, device) for v in value)
+    if dataclasses.is_dataclass(value):
+        fields = [f.name for f in dataclasses.fields(value)]
+        return type(value)(*(_moved(getattr(value, name), device) for name in fields))
+    return value
+
+
+def on_device(method: Callable) -> Callable:
+    """A method that gets its tensors on the device and returns them there; the caller's are the
+    CPU's."""
+
+    @functools.wraps(method)
+    def run(self, *args, **options):
+        options = {name: _moved(value, "cuda") for name, value in options.items()}
+        return _moved(method(self, *_moved(args, "cuda"), **options), "cpu")
+
+    return run
+
+
 class Launchers:
     """Runs the launchers of one library."""
 
@@ -103,6 +131,7 @@ class Launchers:
 
     # --- routers
 
+    @on_device
     def norm_topk(
         self,
         logits: Tensor,
@@ -120,6 +149,7 @@ class Launchers:
         self._launch("norm_topk", args, [*tensors, scale])
         return results
 
+    @on_device
     def softmax_topk(
         self,
         logits: Tensor,
@@ -133,6 +163,7 @@ class Launchers:
         self._launch("softmax_topk", SoftmaxTopkArgs(router, renormalize), tensors)
         return results
 
+    @on_device
     def norm_topk_bwd(
         self,
         grad_weights: Tensor | None,
@@ -149,11 +180,12 @@ class Launchers:
         router, grad_logits, tensors = self._router_bwd(
             grad_weights, grad_importance, logits, experts, mask
         )
-        grad_scale = _fresh((1,), torch.float32)
+        grad_scale = fresh((1,), torch.float32)
         args = NormTopkBwdArgs(router, scale.data_ptr(), grad_scale.data_ptr(), calibration, eps)
         self._launch("norm_topk_bwd", args, [*tensors, scale, grad_scale])
         return [grad_logits, grad_scale]
 
+    @on_device
     def softmax_topk_bwd(
         self,
         grad_weights: Tensor | None,
@@ -173,36 +205,37 @@ class Launchers:
     def _router(self, logits, top_k, bias, mask):
         tokens, experts = logits.shape
         results = [
-            _fresh((tokens, top_k), torch.float32),
-            _fresh((tokens, top_k), torch.int32),
-            _fresh((experts,), torch.int32),
-            _fresh((experts,), torch.float32),
+            fresh((tokens, top_k), torch.float32),
+            fresh((tokens, top_k), torch.int32),
+            fresh((experts,), torch.int32),
+            fresh((experts,), torch.float32),
         ]
-        workspace = self._workspace("router", tokens, experts)
+        workspace = self._workspace("router", c_int64(tokens), experts)
         tensors = [logits, bias, mask, *results, workspace]
-        pointers = [_pointer(t) for t in tensors]
+        pointers = [pointer(t) for t in tensors]
         args = RouterArgs(*pointers, tokens, experts, top_k, DTYPES.index(logits.dtype))
         return args, results, tensors
 
     def _router_bwd(self, grad_weights, grad_importance, logits, experts, mask):
         tokens, num_experts = logits.shape
-        grad_logits = _fresh(logits.shape, logits.dtype)
+        grad_logits = fresh(logits.shape, logits.dtype)
         if logits.data_ptr() % 16:  # misaligned as its logits are
             grad_logits = misaligned(grad_logits)
-        workspace = self._workspace("router_bwd", tokens)
+        workspace = self._workspace("router_bwd", c_int64(tokens))
         tensors = [grad_weights, grad_importance, logits, experts, mask, grad_logits, workspace]
         dtype = DTYPES.index(logits.dtype)
-        pointers = [_pointer(t) for t in tensors]
+        pointers = [pointer(t) for t in tensors]
         args = RouterBwdArgs(*pointers, tokens, num_experts, experts.shape[1], dtype)
         return args, grad_logits, tensors
 
     # --- dispatch
 
+    @on_device
     def dispatch_plan(self, experts: Sequence[Tensor], num_experts: int) -> list[Tensor]:
         """order [N], inverse [N], offsets [M + 1]"""
         slots = sum(e.numel() for e in experts)
-        results = [_fresh((n,), torch.int32) for n in (slots, slots, num_experts + 1)]
-        workspace = self._workspace("dispatch_plan", slots, num_experts)
+        results = [fresh((n,), torch.int32) for n in (slots, slots, num_experts + 1)]
+        workspace = self._workspace("dispatch_plan", c_int64(slots), num_experts)
         args = DispatchPlanArgs()
         for i, e in enumerate(experts):
             args.experts[i], args.slots[i] = e.data_ptr(), e.numel()
@@ -212,36 +245,37 @@ class Launchers:
         self._launch("dispatch_plan", args, [*experts, *results, workspace])
         return results
 
-    def permute(
-        self, x: Tensor, order: Tensor, top_k: int, y: Tensor | None = None
-    ) -> list[Tensor]:
-        y = _fresh((order.numel(), x.shape[1]), x.dtype) if y is None else y
+    @on_device
+    def permute(self, x: Tensor, order: Tensor, top_k: int) -> list[Tensor]:
+        y = fresh((order.numel(), x.shape[1]), x.dtype)
         row_bytes = x.shape[1] * x.element_size()
-        pointers = [_pointer(t) for t in (x, order, y)]
+        pointers = [pointer(t) for t in (x, order, y)]
         self._launch(
             "permute", PermuteArgs(*pointers, order.numel(), row_bytes, top_k), [x, order, y]
         )
         return [y]
 
+    @on_device
     def unpermute(self, y: Tensor, inverse: Tensor, weights: Tensor | None) -> list[Tensor]:
         """inverse [T, k]"""
         tokens, top_k = inverse.shape
-        out = _fresh((tokens, y.shape[1]), y.dtype)
+        out = fresh((tokens, y.shape[1]), y.dtype)
         tensors = [y, inverse, weights, out]
-        pointers = [_pointer(t) for t in tensors]
+        pointers = [pointer(t) for t in tensors]
         dtype = DTYPES.index(y.dtype)
         args = UnpermuteArgs(*pointers, tokens, y.shape[1], top_k, dtype)
         self._launch("unpermute", args, tensors)
         return [out]
 
+    @on_device
     def unpermute_bwd(
         self, grad: Tensor, y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor
     ) -> list[Tensor]:
         """grad_y [N, D], grad_weights [T, k]"""
         tokens, top_k = inverse.shape
-        results = [_fresh(y.shape, y.dtype), _fresh(weights.shape, weights.dtype)]
+        results = [fresh(y.shape, y.dtype), fresh(weights.shape, weights.dtype)]
         tensors = [grad, y, order, inverse, weights, *results]
-        pointers = [_pointer(t) for t in tensors]
+        pointers = [pointer(t) for t in tensors]
         dtype = DTYPES.index(y.dtype)
         args = UnpermuteBwdArgs(*pointers, tokens, y.shape[1], top_k, dtype)
         self._launch("unpermute_bwd", args, tensors)
@@ -249,30 +283,26 @@ class Launchers:
 
     # --- calls
 
-    def _workspace(self, op: str, *sizes: int) -> Tensor:
-        size = getattr(self.lib.lib, f"emulated_{op}_workspace")
-        size.restype, size.argtypes = c_size_t, [c_int64, c_int][: len(sizes)]
-        return torch.full((size(*sizes),), 255, dtype=torch.uint8)
+    def _workspace(self, op: str, *sizes: object) -> Tensor:
+        return _full((self.lib.workspace_bytes(op, *sizes),), torch.uint8, 255)
 
     def _launch(self, op: str, args: ctypes.Structure, tensors: Sequence[Tensor | None]) -> None:
-        size = getattr(self.lib.lib, f"emulated_{op}_size")
-        size.restype = c_size_t
-        assert size() == ctypes.sizeof(args), f"{type(args).__name__} differs from the header"
-        self.lib.allow([t for t in tensors if t is not None])
-        launch = getattr(self.lib.lib, f"emulated_{op}")
-        launch.argtypes = [POINTER(type(args))]
-        self.lib.check(op, launch(ctypes.byref(args)))
+        self.lib.call(op, args, [t for t in tensors if t is not None])
 
 
-def _pointer(t: Tensor | None) -> int | None:
+def pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else -7, dtype=dtype)
+def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return _full(shape, dtype, float("nan") if dtype.is_floating_point else -7)
+
+
+def _full(shape: Sequence[int], dtype: torch.dtype, value: float) -> Tensor:
+    return torch.full(tuple(shape), value, dtype=dtype, device="cuda")
 
 
 def misaligned(t: Tensor) -> Tensor:
     """The same values, contiguous, one element behind an aligned address."""
-    moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+    moved = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape)
     return moved.copy_(t)

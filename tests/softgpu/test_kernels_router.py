@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router kernels against float64, under several schedules, with and without the checker."""
+"""The router kernels against float64, under several schedules with the checker on."""
 
 from dataclasses import dataclass, replace
 
 import oracle
 import pytest
 import torch
-from emulib import bits_equal, under_schedules
+from kernel_library import bits_equal, under_schedules
 from launchers import Launchers, misaligned
 from torch import Tensor
 
@@ -134,9 +134,7 @@ def test_forward(ops: Launchers, case: Case, score: str) -> None:
         pytest.skip("not defined")
     inputs = case.inputs()
     z, mask, bias = inputs["logits"].double(), inputs.get("mask"), inputs.get("bias")
-    weights, experts, load, importance = under_schedules(
-        ops.lib, lambda: _forward(ops, case, score, inputs)
-    )
+    weights, experts, load, importance = under_schedules(lambda: _forward(ops, case, score, inputs))
     s = _scores(case, score, z, torch.tensor(case.scale), mask)
     # Ties are decided on float32 scores.
     chosen = oracle.choose(s.float().double(), case.top_k, bias, mask)
@@ -185,7 +183,7 @@ def test_backward(ops: Launchers, case: Case, score: str, given: str) -> None:
         options = {"renormalize": score == "renormalized", "mask": mask}
         return ops.softmax_topk_bwd(gw, gi, logits, experts, **options)
 
-    got = under_schedules(ops.lib, run)
+    got = under_schedules(run)
     # Terms of the size of the scores' own gradients cancel.
     size = max([t.abs().max().item() for t in (gw, gi) if t is not None and t.numel()], default=0.0)
     size = torch.tensor(size, dtype=torch.float64)
@@ -213,7 +211,7 @@ def test_nan_and_infinite_logits(ops: Launchers, score: str, dtype: torch.dtype)
     z[4] = float("nan")
     z[5] = -float("inf")
     z[6, [90, 3]] = float("inf")
-    weights, experts, load, _ = under_schedules(ops.lib, lambda: _forward(ops, case, score, inputs))
+    weights, experts, load, _ = under_schedules(lambda: _forward(ops, case, score, inputs))
     s = _scores(case, score, z.double(), torch.tensor(case.scale), None)
     assert torch.equal(experts, oracle.choose(s.float().double(), case.top_k, None, None))
     for row in experts:
@@ -240,10 +238,8 @@ def test_negative_scale_turns_the_order(ops: Launchers) -> None:
 
 
 @pytest.mark.parametrize("tokens", [3168 + 1, 3 * 3168 + 5])
-def test_many_tokens(ops: Launchers, flavour: str, tokens: int) -> None:
+def test_many_tokens(ops: Launchers, tokens: int) -> None:
     """More than one token a warp: 396 blocks of 8 warps take the rows in turns."""
-    if flavour == "check":
-        pytest.skip("sizes, not memory, are tested here")
     case = Case(tokens, 132, 1)
     inputs = case.inputs()
     weights, experts, load, importance = _forward(ops, case, "norm", inputs)
@@ -258,7 +254,7 @@ def test_many_tokens(ops: Launchers, flavour: str, tokens: int) -> None:
 def test_wrong_sizes_are_refused(ops: Launchers) -> None:
     z = torch.zeros(2, 4)
     for logits, top_k in ((z, 5), (z, 0), (torch.zeros(2, 1025), 1), (torch.zeros(2, 40), 17)):
-        with pytest.raises(RuntimeError, match="norm_topk: 1:"):  # cudaErrorInvalidValue
+        with pytest.raises(RuntimeError, match=r"norm_topk: 1$"):  # cudaErrorInvalidValue
             ops.norm_topk(logits, torch.ones(1), top_k)
 
 

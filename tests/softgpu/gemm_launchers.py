@@ -3,17 +3,15 @@
 those of launchers.py."""
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from emulib import KERNELS, Lib, build
-from launchers import DTYPES, Launchers, _fresh, _pointer
+from kernel_library import Lib
+from launchers import DTYPES, Launchers, fresh, on_device, pointer
 from torch import Tensor
 
-SOURCES = ("cuda/grouped_mm.cu", "cuda/wgrad.cu")
 AUTO_TILE = -1
 TILES = {"t16": 0, "t32": 1, "t64": 2, "t128": 3, "f32": 4}  # by their index in gemm_tiles.h
 MAX_WGRAD_SEGMENTS = 128
@@ -47,18 +45,6 @@ class GroupedWgradArgs(ctypes.Structure):
     ]
 
 
-def gemm_library(
-    flavour: str, mutate: Mapping[str, str] | None = None, sources: Sequence[str] = SOURCES
-) -> Path:
-    """The products behind C linkage; `mutate` replaces the text of some sources."""
-    objects = []
-    for name in sources:
-        text = (mutate or {}).get(name)
-        objects.append(build.kernel_source(build.CSRC / name, flavour, text=text, cute=True))
-        objects.append(build.kernel_source(KERNELS / f"launch_{Path(name).stem}.cpp", flavour))
-    return build.library("unipool_gemm", objects, flavour)
-
-
 @dataclass(frozen=True)
 class Segment:
     """Operands of the rows of one layer; order: see WgradSegment in experts.h."""
@@ -81,16 +67,19 @@ class GemmLaunchers(Launchers):
         super().__init__(lib)
         self.place = place
 
+    @on_device
     def grouped_mm(self, a: Tensor, b: Tensor, offsets: Tensor, tile: int = AUTO_TILE) -> Tensor:
         """a [N, K], b [M, n, K] -> [N, n]"""
         return self._product("grouped_mm", a, b, offsets, b.shape[1], tile)
 
+    @on_device
     def grouped_mm_bwd_a(
         self, grad: Tensor, b: Tensor, offsets: Tensor, tile: int = AUTO_TILE
     ) -> Tensor:
         """grad [N, n], b [M, n, K] -> [N, K]"""
         return self._product("grouped_mm_bwd_a", grad, b, offsets, b.shape[2], tile)
 
+    @on_device
     def grouped_wgrad(
         self,
         segments: Sequence[Segment],
@@ -106,11 +95,12 @@ class GemmLaunchers(Launchers):
         dtype = segments[0].grad.dtype
         out = add_to
         if out is None:
-            out = self.place(_fresh(sizes, dtype if out_dtype is None else out_dtype))
-        workspace = self._workspace("grouped_wgrad", sum(s.rows for s in segments), experts)
+            out = self.place(fresh(sizes, dtype if out_dtype is None else out_dtype))
+        rows, row_bytes = sum(s.rows for s in segments), max(n, k) * dtype.itemsize
+        workspace = self._workspace("grouped_wgrad", c_int64(rows), experts, c_int64(row_bytes))
         args = GroupedWgradArgs()
         for i, s in enumerate(segments):
-            args.segments[i] = WgradSegment(*map(_pointer, s.tensors), s.rows)
+            args.segments[i] = WgradSegment(*map(pointer, s.tensors), s.rows)
         args.count, (args.grad_top_k, args.input_top_k) = len(segments), top_k
         args.out, args.add, args.n, args.k = out.data_ptr(), add_to is not None, n, k
         args.experts, args.dtype = experts, DTYPES.index(dtype)
@@ -125,9 +115,9 @@ class GemmLaunchers(Launchers):
         self, op: str, a: Tensor, b: Tensor, offsets: Tensor, columns: int, tile: int
     ) -> Tensor:
         experts, n, k = b.shape
-        out = self.place(_fresh((a.shape[0], columns), a.dtype))
+        out = self.place(fresh((a.shape[0], columns), a.dtype))
         tensors = [a, b, offsets, out]
-        pointers = [_pointer(t) for t in tensors]
+        pointers = [pointer(t) for t in tensors]
         args = GroupedMmArgs(*pointers, a.shape[0], n, k, experts, DTYPES.index(a.dtype), tile)
         self._launch(op, args, tensors)
         return out
