@@ -71,7 +71,7 @@ struct Peers {
 __global__ __launch_bounds__(kThreads) void count_kernel(const __grid_constant__ Segments segments,
                                                          int64_t slots, int64_t span, int experts,
                                                          int32_t* counts) {
-  int32_t* count = dynamic_shared<int32_t>(experts);
+  int32_t* count = dynamic_shared<int32_t>();
   for (int e = threadIdx.x; e < experts; e += kThreads) count[e] = 0;
   __syncthreads();
   const int64_t begin = blockIdx.x * span, end = min(begin + span, slots);
@@ -90,7 +90,7 @@ __global__ __launch_bounds__(kThreads) void count_kernel(const __grid_constant__
 // (32 experts, kScanRows groups of blocks).
 __global__ __launch_bounds__(kWarp* kScanRows) void scan_kernel(int32_t* counts, int blocks,
                                                                 int experts, int32_t* totals) {
-  UNIPOOL_SHARED_ARRAY(int32_t, kScanRows* kWarp, sums);
+  __shared__ int32_t sums[kScanRows * kWarp];
   const int e = blockIdx.x * kWarp + threadIdx.x;
   const int each = ceil_div(blocks, kScanRows);
   const int begin = threadIdx.y * each, end = min(begin + each, blocks);
@@ -150,8 +150,8 @@ struct PlanOut {
 __global__ __launch_bounds__(kThreads) void scatter_kernel(
     const __grid_constant__ Segments segments, int64_t slots, int64_t span, int experts,
     const int32_t* counts, const int32_t* totals, const PlanOut out) {
-  UNIPOOL_SHARED_ARRAY(int32_t, kWarps, warp_sums);
-  int32_t* first = dynamic_shared<int32_t>(size_t(experts) * (1 + kWarps) + 1);
+  __shared__ int32_t warp_sums[kWarps];
+  int32_t* first = dynamic_shared<int32_t>();
   int32_t* next = first + experts + 1;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int32_t* mine = next + warp * experts;  // of each expert: count, then the row of its next slot

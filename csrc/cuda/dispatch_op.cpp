@@ -93,7 +93,7 @@ at::Tensor unpermute(const at::Tensor& y_in, const at::Tensor& inverse_in,
 
 }  // namespace unipool::cuda
 
-TORCH_LIBRARY_IMPL(UNIPOOL_NAMESPACE, UNIPOOL_CUDA_KEY, m) {
+TORCH_LIBRARY_IMPL(unipool, CUDA, m) {
   m.impl("dispatch_plan", &unipool::cuda::dispatch_plan);
   m.impl("permute", &unipool::cuda::permute);
   m.impl("unpermute", &unipool::cuda::unpermute);

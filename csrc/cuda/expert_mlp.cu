@@ -71,8 +71,8 @@ __global__ __launch_bounds__(Tile::kThreads) void expert_up_kernel(
   using T = typename Tile::T;
   using Shared = RowsShared<Tile, T>;
   using LinesA = GatheredLines<typename Tile::A>;
-  UNIPOOL_SHARED_ARRAY(int32_t, Tile::kM, slots);
-  auto* shared = dynamic_shared<unsigned char>(Shared::bytes(args.experts));
+  __shared__ int32_t slots[Tile::kM];
+  auto* shared = dynamic_shared<unsigned char>();
   T* smem = reinterpret_cast<T*>(shared);
   const int depth = int(args.d_model);
 

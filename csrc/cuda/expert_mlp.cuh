@@ -93,9 +93,9 @@ __global__ __launch_bounds__(Tile::kThreads, kVector ? Tile::kBlocks : 0) void t
   using LinesA = StridedLines<typename Tile::A>;
   using LinesB = StridedLines<typename Tile::B>;
   constexpr bool kAlong = Tile::B::kMajor == Major::kK;
-  UNIPOOL_SHARED_ARRAY(int32_t, Tile::kM, slots);
-  UNIPOOL_SHARED_ARRAY(float, Tile::kM, factors);
-  auto* shared = dynamic_shared<unsigned char>(Shared::bytes(args.experts));
+  __shared__ int32_t slots[Tile::kM];
+  __shared__ float factors[Tile::kM];
+  auto* shared = dynamic_shared<unsigned char>();
   T* smem = reinterpret_cast<T*>(shared);
   T* out = static_cast<T*>(args.out);
   const int depth = int(args.depth), width = int(args.columns);

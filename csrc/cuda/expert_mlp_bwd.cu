@@ -98,8 +98,8 @@ __global__ __launch_bounds__(Tile::kThreads) void expert_hidden_bwd_kernel(
   using Shared = RowsShared<Tile, float>;
   using LinesA = GatheredLines<typename Tile::A>;
   using LinesB = StridedLines<typename Tile::B>;
-  UNIPOOL_SHARED_ARRAY(int32_t, Tile::kM, slots);
-  auto* shared = dynamic_shared<unsigned char>(Shared::bytes(args.experts));
+  __shared__ int32_t slots[Tile::kM];
+  auto* shared = dynamic_shared<unsigned char>();
   T* smem = reinterpret_cast<T*>(shared);
   const int depth = int(args.d_model), width = int(args.d_ff);
 

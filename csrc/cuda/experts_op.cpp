@@ -256,7 +256,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_mlp_bwd_(
 }  // namespace
 }  // namespace unipool::cuda
 
-TORCH_LIBRARY_IMPL(UNIPOOL_NAMESPACE, UNIPOOL_CUDA_KEY, m) {
+TORCH_LIBRARY_IMPL(unipool, CUDA, m) {
   m.impl("grouped_mm", &unipool::cuda::grouped_mm);
   m.impl("grouped_mm_bwd_a", &unipool::cuda::grouped_mm_bwd_a);
   m.impl("grouped_wgrad", &unipool::cuda::grouped_wgrad);

@@ -36,8 +36,7 @@ __global__ __launch_bounds__(Tile::kThreads, (kResident<Tile, kVector>)) void gr
   using T = typename Tile::T;
   using LinesA = StridedLines<typename Tile::A>;
   using LinesB = StridedLines<typename Tile::B>;
-  const size_t schedule_bytes = RowSchedule<Tile>::shared_bytes(args.experts);
-  auto* shared = dynamic_shared<unsigned char>(kTileBytes<Tile> + schedule_bytes);
+  auto* shared = dynamic_shared<unsigned char>();
   T* smem = reinterpret_cast<T*>(shared);
   const Sizes<Tile> sizes(args);
   const int depth = sizes.depth;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the glue of every CUDA op needs: device guard, current stream, pointers, launch errors.
-// With UNIPOOL_EMULATED the same glue serves CPU tensors and kernels that run on the CPU: no guard,
-// no stream, and the emulator is told which memory a launch may touch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 
@@ -14,22 +15,6 @@
 #include "ops/checks.h"
 #include "unipool/nvtx.h"
 #include "unipool/types.h"
-
-#ifdef UNIPOOL_EMULATED
-#define UNIPOOL_CUDA_KEY CPU
-extern "C" const char* emu_last_error();
-extern "C" void emu_allow(const void* data, size_t bytes);
-extern "C" void emu_allow_none();
-#else
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#define UNIPOOL_CUDA_KEY CUDA
-#endif
-
-#ifndef UNIPOOL_NAMESPACE
-#define UNIPOOL_NAMESPACE unipool
-#endif
 
 namespace unipool::cuda {
 
@@ -51,14 +36,10 @@ inline DType dtype_of(const char* op, const at::Tensor& t) {
 // launch's tensors are taken through it.
 class LaunchScope {
  public:
-#ifdef UNIPOOL_EMULATED
-  explicit LaunchScope(const at::Tensor&) { emu_allow_none(); }
-#else
   explicit LaunchScope(const at::Tensor& like) : guard_(like.device()) {}
-#endif
 
-  const void* data(const at::Tensor& t) const { return note(t, t.const_data_ptr()); }
-  void* mutable_data(const at::Tensor& t) const { return note(t, t.mutable_data_ptr()); }
+  const void* data(const at::Tensor& t) const { return t.const_data_ptr(); }
+  void* mutable_data(const at::Tensor& t) const { return t.mutable_data_ptr(); }
 
   template <class T>
   const T* data(const at::Tensor& t) const {
@@ -81,27 +62,11 @@ class LaunchScope {
 
   template <class Args>
   void run(cudaError_t (*launch)(const Args&, cudaStream_t), const Args& args) const {
-#ifdef UNIPOOL_EMULATED
-    const cudaError_t error = launch(args, nullptr);
-    TORCH_CHECK(error != cudaErrorInvalidValue, "invalid argument");
-    TORCH_CHECK(error == cudaSuccess, emu_last_error());
-#else
     C10_CUDA_CHECK(launch(args, c10::cuda::getCurrentCUDAStream()));
-#endif
   }
 
  private:
-  template <class P>
-  static P* note([[maybe_unused]] const at::Tensor& t, P* p) {
-#ifdef UNIPOOL_EMULATED
-    emu_allow(p, t.nbytes());
-#endif
-    return p;
-  }
-
-#ifndef UNIPOOL_EMULATED
   c10::cuda::CUDAGuard guard_;
-#endif
   at::Tensor workspace_;
 };
 

@@ -88,7 +88,7 @@ template <class L, class Score>
 __device__ __forceinline__ void topk_rows(const RouterArgs& a, const Score& score, Partials out) {
   using T = typename L::T;
   const int experts = a.num_experts;
-  int32_t* load = dynamic_shared<int32_t>(size_t(experts) * (1 + kWarps));
+  int32_t* load = dynamic_shared<int32_t>();
   float* scratch = reinterpret_cast<float*>(load + experts);
   for (int e = threadIdx.x; e < experts; e += kThreads) load[e] = 0;
   __syncthreads();
@@ -169,7 +169,7 @@ __global__ __launch_bounds__(kThreads,
 template <class A>
 __device__ __forceinline__ void column_sum(const A* partial, int rows, int columns, A factor,
                                            A* out) {
-  UNIPOOL_SHARED_ARRAY(A, kSumRows * kWarp, sums);
+  __shared__ A sums[kSumRows * kWarp];
   const int c = blockIdx.x * kWarp + threadIdx.x;
   A sum = 0;
   if (c < columns) {
@@ -264,7 +264,7 @@ __global__ __launch_bounds__(kThreads,
                                                                         float* partial_scale) {
   const NormScore score{__ldg(args.scale) * args.calibration, args.eps};
   float total = topk_rows_bwd<L>(args.router, score);
-  UNIPOOL_SHARED_ARRAY(float, kWarps, sums);
+  __shared__ float sums[kWarps];
 #pragma unroll
   for (int d = kWarp / 2; d >= L::kLanes; d /= 2) total += __shfl_xor_sync(kFullMask, total, d);
   if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = total;

@@ -14,15 +14,11 @@
 namespace unipool::cuda {
 namespace {
 
-// Whether ATen multiplies this dtype with a float32 result: not on the CPU, and no float16 while
-// the program lets float16 products be summed in float16.
-bool widens([[maybe_unused]] at::ScalarType dtype) {
-#ifdef UNIPOOL_EMULATED
-  return false;
-#else
+// Whether ATen multiplies this dtype with a float32 result: no float16 while the program lets
+// float16 products be summed in float16.
+bool widens(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ||
          (dtype == at::kHalf && !at::globalContext().allowFP16AccumulationCuBLAS());
-#endif
 }
 
 // a [m, k] times b [k, n], in float32. The out variants, as autocast would narrow the operands of
@@ -70,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor> router_logits_bwd(const at::Tensor& grad, con
 }  // namespace
 }  // namespace unipool::cuda
 
-TORCH_LIBRARY_IMPL(UNIPOOL_NAMESPACE, UNIPOOL_CUDA_KEY, m) {
+TORCH_LIBRARY_IMPL(unipool, CUDA, m) {
   m.impl("router_logits", &unipool::cuda::router_logits);
   m.impl("router_logits_bwd", &unipool::cuda::router_logits_bwd);
 }

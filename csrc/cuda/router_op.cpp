@@ -123,7 +123,7 @@ at::Tensor softmax_topk_bwd(const OptionalTensor& grad_weights_in,
 }  // namespace
 }  // namespace unipool::cuda
 
-TORCH_LIBRARY_IMPL(UNIPOOL_NAMESPACE, UNIPOOL_CUDA_KEY, m) {
+TORCH_LIBRARY_IMPL(unipool, CUDA, m) {
   m.impl("norm_topk", &unipool::cuda::norm_topk);
   m.impl("norm_topk_bwd", &unipool::cuda::norm_topk_bwd);
   m.impl("softmax_topk", &unipool::cuda::softmax_topk);

@@ -53,7 +53,7 @@ __device__ __forceinline__ int bounded_offset(const WgradSegment& segment, int e
 // One block, one thread per expert. Reads the offsets of all segments.
 __global__ __launch_bounds__(kExpertLimit) void merge_offsets_kernel(
     const __grid_constant__ GroupedWgradArgs args, const MergedPlan plan) {
-  UNIPOOL_SHARED_ARRAY(int32_t, kWarp, warp_sums);
+  __shared__ int32_t warp_sums[kWarp];
   const int e = threadIdx.x, warp = e / kWarp, lane = e % kWarp;
   const bool exists = e < args.experts;
   int count = 0;
@@ -127,7 +127,7 @@ __global__ __launch_bounds__(Tile::kThreads, 2) void wgrad_kernel(const Product 
   const int begin = __ldg(p.offsets + expert), depth = __ldg(p.offsets + expert + 1) - begin;
   if (depth == 0 && p.add) return;
 
-  auto* shared = dynamic_shared<unsigned char>(kTileBytes<Tile, Out>);
+  auto* shared = dynamic_shared<unsigned char>();
   T* smem = reinterpret_cast<T*>(shared);
   const auto* table = reinterpret_cast<const T* const*>(p.rows + begin);  // grad, input, grad, ...
   using LinesA = TableLines<A, kVector>;

@@ -13,15 +13,6 @@ namespace {
 
 constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();  // order and offsets are int32
 
-// The emulated CUDA kernels take CPU tensors, under the rules of the CUDA kernels.
-bool on_cpu_kernels([[maybe_unused]] const at::Tensor& t) {
-#ifdef UNIPOOL_EMULATED
-  return false;
-#else
-  return t.is_cpu();
-#endif
-}
-
 const char* dtype_name(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
@@ -63,7 +54,7 @@ class Checker {
   void floating(const char* name, const at::Tensor& t) const {
     const auto dtype = t.scalar_type();
     const bool common = dtype == at::kFloat || dtype == at::kBFloat16;
-    if (on_cpu_kernels(t)) {
+    if (t.is_cpu()) {
       TORCH_CHECK_TYPE(common || dtype == at::kDouble, op_, ": ", name,
                        " must be float32, float64 or bfloat16 on the CPU, got ", dtype_name(dtype));
     } else {
@@ -76,7 +67,7 @@ class Checker {
   // `name` has one entry an expert; `like` tells the device.
   void experts(const char* name, int64_t count, const at::Tensor& like) const {
     at_least_one(name, "expert (M)", count);
-    if (on_cpu_kernels(like)) return;
+    if (like.is_cpu()) return;
     TORCH_CHECK_VALUE(count <= kMaxExperts, op_, ": ", name, " must have at most ", kMaxExperts,
                       " experts (M) on ", like.device(), ", got ", count);
   }
@@ -155,7 +146,7 @@ RouterShape check_logits(const Checker& check, const at::Tensor& logits, int64_t
   check.at_least_one("logits", "expert (M)", logits.size(1));
   check.top_k(top_k, logits.size(1));
   check.rows("T * top_k", logits.size(0) * top_k);
-  if (!on_cpu_kernels(logits)) {
+  if (!logits.is_cpu()) {
     TORCH_CHECK_VALUE(logits.size(1) <= kMaxExperts, check.op(), ": M must be at most ",
                       kMaxExperts, " on ", logits.device(), ", got ", logits.size(1));
   }
@@ -344,7 +335,7 @@ PlanShape check_dispatch_plan(at::TensorList experts, int64_t num_experts) {
                     num_experts);
   TORCH_CHECK_VALUE(num_experts < kMaxRows, "dispatch_plan: num_experts must be below 2^31, got ",
                     num_experts);
-  if (!on_cpu_kernels(experts[0])) {
+  if (!experts[0].is_cpu()) {
     TORCH_CHECK_VALUE(num_experts <= kMaxExperts, "dispatch_plan: num_experts must be at most ",
                       kMaxExperts, " on ", experts[0].device(), ", got ", num_experts);
   }

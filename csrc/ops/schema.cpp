@@ -10,10 +10,6 @@
 
 #include <string>
 
-#ifndef UNIPOOL_NAMESPACE
-#define UNIPOOL_NAMESPACE unipool
-#endif
-
 namespace {
 
 // x [T, D] times weight [M, D] transposed: logits [T, M] in acc, the products of low-precision
@@ -85,13 +81,13 @@ void for_each_schema(Visit visit) {
 
 }  // namespace
 
-TORCH_LIBRARY(UNIPOOL_NAMESPACE, m) {
+TORCH_LIBRARY(unipool, m) {
   for_each_schema([&](const char* schema) { m.def(schema, {at::Tag::pt2_compliant_tag}); });
 }
 
 // The autograd formulas are the torch.autograd.Functions in unipool/ops. A raw op called with
 // inputs that require grad would lose the gradient without a word; this turns it into an error.
-TORCH_LIBRARY_IMPL(UNIPOOL_NAMESPACE, Autograd, m) {
+TORCH_LIBRARY_IMPL(unipool, Autograd, m) {
   for_each_schema([&](const char* schema) {
     const std::string text(schema);
     m.impl(text.substr(0, text.find('(')).c_str(),

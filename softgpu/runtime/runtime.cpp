@@ -399,9 +399,8 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
     return refuse(cudaErrorInvalidPtx, "%s: %s", k->demangled.c_str(), e.what());
   }
   return submit(stream, [=] {
-    memcpy(code->param_bytes.data(), bytes.data(), bytes.size());
     try {
-      ptx::launch(*code, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, smem);
+      ptx::launch(*code, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, smem, bytes);
     } catch (const ptx::Error& e) {
       return refuse(cudaErrorLaunchFailure, "%s: %s", k->demangled.c_str(), e.what());
     }

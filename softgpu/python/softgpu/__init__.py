@@ -11,6 +11,13 @@ from pathlib import Path
 LIB = Path(__file__).resolve().parents[3] / "build" / "softgpu"
 
 
+def run_ptx(*args: object, **kwargs: object) -> dict:
+    """softgpu.ptx.run_ptx; numpy is imported only here."""
+    from softgpu.ptx import run_ptx
+
+    return run_ptx(*args, **kwargs)
+
+
 def install() -> None:
     """Hands torch's cuda operations to the CPU."""
     import torch
