@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensor cores, and the loads and stores of their fragments.
-#include <algorithm>
+#include <immintrin.h>
 
 #include "ptx/addresses.h"
-#include "ptx/numbers.h"
 #include "ptx/opcode.h"
 
 namespace ptx {
@@ -13,7 +12,8 @@ void need_all_lanes(const Warp& w) {
   if (w.mask != ~0u) throw Error("not all 32 lanes are here");
 }
 
-// --- matrices of 8 rows of 16 bytes; lane l has the two elements from 2 * (l % 4) on of row l / 4
+// --- matrices of 8 rows of 16 bytes; lane l has the two elements from 2 * (l % 4) on of row l / 4,
+// so that the lanes' words in a row are the matrix
 
 using Matrix = u16[8][8];
 
@@ -27,17 +27,25 @@ void rows(Warp& w, const Instruction& i, const Operand& address, int matrix, Acc
 }
 template <bool kTranspose>
 void to_lanes(const Matrix& m, u32* lanes) {
+  if constexpr (!kTranspose) {
+    memcpy(lanes, m, sizeof m);
+    return;
+  }
   for (int l = 0; l < kLanes; ++l) {
     const int g = l / 4, c = 2 * (l % 4);
-    lanes[l] = kTranspose ? m[c][g] | u32(m[c + 1][g]) << 16 : m[g][c] | u32(m[g][c + 1]) << 16;
+    lanes[l] = m[c][g] | u32(m[c + 1][g]) << 16;
   }
 }
 template <bool kTranspose>
 void to_matrix(const u32* lanes, Matrix& m) {
+  if constexpr (!kTranspose) {
+    memcpy(m, lanes, sizeof m);
+    return;
+  }
   for (int l = 0; l < kLanes; ++l) {
     const int g = l / 4, c = 2 * (l % 4);
-    (kTranspose ? m[c][g] : m[g][c]) = u16(lanes[l]);
-    (kTranspose ? m[c + 1][g] : m[g][c + 1]) = u16(lanes[l] >> 16);
+    m[c][g] = u16(lanes[l]);
+    m[c + 1][g] = u16(lanes[l] >> 16);
   }
 }
 Mask lanes_of(int matrices) { return matrices == 4 ? ~0u : (1u << (8 * matrices)) - 1; }
@@ -77,57 +85,76 @@ void movmatrix(Warp& w, const Instruction& i) {
 
 // --- mma: D (16 x 8) = A (16 x depth) * B (depth x 8) + C, as the manual lays out its fragments
 
-// The numbers in a register of A or B.
-template <float (*kWiden)(u16)>
-struct Halves {
+// A register of A or B: each lane has kCount elements, all lanes together 32 * kCount in a row. The
+// four lanes of a group have a part of a row of A, or of a column of B.
+struct BF16 {
   using Value = float;
   static constexpr int kCount = 2;
-  static float get(u32 bits, int n) { return kWiden(u16(bits >> 16 * n)); }
+  static void widen(const u32* lanes, float* out) {
+    for (int l = 0; l < kLanes; l += 4) {
+      const auto halves = _mm_load_si128(reinterpret_cast<const __m128i*>(lanes + l));
+      const auto words = _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+      _mm256_storeu_ps(out + 2 * l, _mm256_castsi256_ps(words));
+    }
+  }
+};
+struct F16 {
+  using Value = float;
+  static constexpr int kCount = 2;
+  static void widen(const u32* lanes, float* out) {
+    for (int l = 0; l < kLanes; l += 4) {
+      const auto halves = _mm_load_si128(reinterpret_cast<const __m128i*>(lanes + l));
+      _mm256_storeu_ps(out + 2 * l, _mm256_cvtph_ps(halves));
+    }
+  }
 };
 struct TF32 {
   using Value = float;
   static constexpr int kCount = 1;
-  static float get(u32 bits, int) {
-    bits &= ~0x1fffu;  // the tensor core does not read the rest
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+  static void widen(const u32* lanes, float* out) {
+    for (int l = 0; l < kLanes; ++l) {
+      const u32 bits = lanes[l] & ~0x1fffu;  // the tensor core does not read the rest
+      memcpy(out + l, &bits, 4);
+    }
   }
 };
 template <class T>
 struct Bytes {
   using Value = s32;
   static constexpr int kCount = 4;
-  static s32 get(u32 bits, int n) { return T(bits >> 8 * n); }
+  static void widen(const u32* lanes, s32* out) {
+    const auto* bytes = reinterpret_cast<const T*>(lanes);
+    for (int n = 0; n < 4 * kLanes; ++n) out[n] = bytes[n];
+  }
 };
+
+typedef float FloatRow __attribute__((vector_size(32)));  // of D
+typedef s32 IntegerRow __attribute__((vector_size(32)));
 
 template <class Element, int kDepth>
 void mma(Warp& w, const Instruction& i) {
   using Value = typename Element::Value;
-  constexpr int kIn = Element::kCount;
-  constexpr int kSteps = kDepth / (4 * kIn);  // registers of B; A has twice as many
+  constexpr int kPart = 4 * Element::kCount;  // of the depth, in one register
+  constexpr int kSteps = kDepth / kPart;      // registers of B; A has twice as many
+  using Row = std::conditional_t<std::is_same_v<Value, float>, FloatRow, IntegerRow>;
   need_all_lanes(w);
-  Value a[16][kDepth], b[kDepth][8], d[16][8];
+  Row d[16];
   const Operand *in_a = &i.o[4], *in_b = in_a + 2 * kSteps, *in_c = in_b + kSteps;
-  for (int k = 0; k < kSteps; ++k) {
-    const u32 *top = w.at<u32>(in_a[2 * k]), *low = w.at<u32>(in_a[2 * k + 1]);
-    const u32* right = w.at<u32>(in_b[k]);
-    for (int l = 0; l < kLanes; ++l) {
-      const int g = l / 4, first = kIn * (4 * k + l % 4);
-      for (int n = 0; n < kIn; ++n) {
-        a[g][first + n] = Element::get(top[l], n);
-        a[g + 8][first + n] = Element::get(low[l], n);
-        b[first + n][g] = Element::get(right[l], n);
-      }
-    }
-  }
   for (int j = 0; j < 4; ++j) {
     const Value* c = w.at<Value>(in_c[j]);
     for (int l = 0; l < kLanes; ++l) d[l / 4 + 8 * (j / 2)][2 * (l % 4) + j % 2] = c[l];
   }
-  for (int m = 0; m < 16; ++m)
-    for (int k = 0; k < kDepth; ++k)
-      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+  for (int step = 0; step < kSteps; ++step) {
+    Value a[16][kPart], columns[8][kPart];
+    Row b[kPart];
+    Element::widen(w.at<u32>(in_a[2 * step]), a[0]);
+    Element::widen(w.at<u32>(in_a[2 * step + 1]), a[8]);
+    Element::widen(w.at<u32>(in_b[step]), columns[0]);
+    for (int n = 0; n < 8; ++n)
+      for (int k = 0; k < kPart; ++k) b[k][n] = columns[n][k];
+    for (int k = 0; k < kPart; ++k)
+      for (int m = 0; m < 16; ++m) d[m] += a[m][k] * b[k];
+  }
   for (int j = 0; j < 4; ++j) {
     Value* r = w.at<Value>(i.o[j]);
     for (int l = 0; l < kLanes; ++l) r[l] = d[l / 4 + 8 * (j / 2)][2 * (l % 4) + j % 2];
@@ -142,9 +169,8 @@ Handler product(const Opcode& op, Instruction& i, std::string_view shape) {
   const bool k32 = shape == "m16n8k32";
   i.flops = 2 * 16 * 8 * (k4 ? 4 : k8 ? 8 : k16 ? 16 : 32);
   if (c == "f32" && a == b) {
-    if (a == "bf16" && (k8 || k16))
-      return k16 ? &mma<Halves<of_bf16>, 16> : &mma<Halves<of_bf16>, 8>;
-    if (a == "f16" && (k8 || k16)) return k16 ? &mma<Halves<of_f16>, 16> : &mma<Halves<of_f16>, 8>;
+    if (a == "bf16" && (k8 || k16)) return k16 ? &mma<BF16, 16> : &mma<BF16, 8>;
+    if (a == "f16" && (k8 || k16)) return k16 ? &mma<F16, 16> : &mma<F16, 8>;
     if (a == "tf32" && (k4 || k8)) return k8 ? &mma<TF32, 8> : &mma<TF32, 4>;
   }
   if (c == "s32" && a == b && (k16 || k32)) {
