@@ -99,22 +99,39 @@ def link(name: str, objects: list[Path], *flags: object) -> Path:
     return target
 
 
-def missing_functions(include: Path) -> Path:
-    """Every function of the runtime that is not written, as an error that says its name."""
-    declared = re.findall(r"\b(cuda[A-Z]\w+)\(", (include / "cuda_runtime_api.h").read_text())
-    written = "".join(p.read_text() for p in (HERE / "runtime").glob("*.cpp"))
-    lines = ['extern "C" int softgpu_not_provided(const char*);']
-    for name in sorted(set(declared) - set(re.findall(r"\b(cuda[A-Z]\w+)\(", written))):
-        lines.append(f'extern "C" int {name}() {{ return softgpu_not_provided("{name}"); }}')
-    text, target = "\n".join(lines) + "\n", BUILD / "generated" / "missing.cpp"
+def header(include: Path, name: str) -> str:
+    return (include / name).read_text(encoding="utf-8")
+
+
+def write_if_changed(target: Path, text: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists() or target.read_text() != text:
         target.write_text(text)
     return target
 
 
+def missing_functions(include: Path) -> Path:
+    """Every function of the runtime that is not written, as an error that says its name."""
+    declared = re.findall(r"\b(cuda[A-Z]\w+)\(", header(include, "cuda_runtime_api.h"))
+    written = "".join(p.read_text() for p in (HERE / "runtime").glob("*.cpp"))
+    lines = ['extern "C" int softgpu_not_provided(const char*);']
+    for name in sorted(set(declared) - set(re.findall(r"\b(cuda[A-Z]\w+)\(", written))):
+        lines.append(f'extern "C" int {name}() {{ return softgpu_not_provided("{name}"); }}')
+    return write_if_changed(BUILD / "generated" / "missing.cpp", "\n".join(lines) + "\n")
+
+
+def error_names(include: Path) -> None:
+    """The names of all errors, for cudaGetErrorName."""
+    declared = re.search(
+        r"enum .*?cudaError\s*\{(.*?)\n\};", header(include, "driver_types.h"), re.S
+    )
+    names = re.findall(r"^\s*(cudaError\w+|cudaSuccess)\s*=", declared[1], re.MULTILINE)
+    write_if_changed(BUILD / "generated" / "errors.inc", "".join(f"NAME({n})\n" for n in names))
+
+
 def build_runtime(include: Path) -> list[Path]:
-    flags = ["-isystem", include, f"-I{HERE}"]
+    flags = ["-isystem", include, f"-I{HERE}", f"-I{BUILD / 'generated'}"]
+    error_names(include)
     driver = HERE / "runtime" / "driver.cpp"
     sources = [p for p in sorted((HERE / "runtime").glob("*.cpp")) if p != driver]
     objects = compile_objects([*sources, missing_functions(include)], flags)

@@ -12,6 +12,8 @@
 
 namespace ptx {
 
+void (*on_access)(const char*, size_t, bool) = nullptr;
+
 void finish_reduction(Warp& w, const Barrier& b);  // control.cpp
 
 namespace {

@@ -29,7 +29,7 @@ void locate(Warp& w, const Instruction& i, const Operand& address, size_t bytes,
             char** p) {
   each(w.mask, [&](int l) { p[l] = pointer(w, i, address, l, bytes); });
   if (is_private(i)) return;
-  if (w.block->checker) each(w.mask, [&](int l) { w.touch(l, p[l], bytes, kind); });
+  if (w.block->checker || on_access) each(w.mask, [&](int l) { w.touch(l, p[l], bytes, kind); });
   if (w.block->profile) count_request(w, i, w.mask, p, bytes, kind);
 }
 

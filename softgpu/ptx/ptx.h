@@ -71,6 +71,9 @@ struct Options {
   static Options& current();
 };
 
+// Where set, called for every access of a lane to shared and global memory.
+extern void (*on_access)(const char* p, size_t bytes, bool writes);
+
 // Runs all blocks, one after another, with the bytes of the parameters. Throws Error, with kernel,
 // block, lanes and line.
 void launch(Kernel& kernel, Dim grid, Dim block, size_t dynamic_shared,

@@ -257,6 +257,7 @@ struct Warp {
   [[noreturn]] void outside(uint32_t offset, size_t bytes) const;
   void touch(int lane, const char* p, size_t bytes, Access kind) {
     if (block->checker) block->checker->access(*this, lane, p, bytes, kind);
+    if (on_access) on_access(p, bytes, kind.writes);
   }
 
  private:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Registers, static shared memory, thread limit and parameters of kernels, from uncompressed cubins
-// (nvcc --compress-mode=none) in a fat binary; without one from its PTX, which knows no registers.
+#include "runtime/image.h"
+
 #include <elf.h>
 
 #include <algorithm>
@@ -8,8 +8,7 @@
 #include <cstring>
 #include <set>
 #include <sstream>
-
-#include "runtime/runtime.h"
+#include <vector>
 
 namespace softgpu {
 namespace {
@@ -21,7 +20,11 @@ T read(const char* p) {
   return value;
 }
 
-constexpr int kReservedShared = 1024;  // the system's, at the start of every block's shared memory
+// The system's part of a block's shared memory. From sm_90 on it is counted in a kernel's section;
+// ptxas then says so by a section of its own. What is left is static shared memory, which the ptxas
+// of CUDA 13 rounds up to 1,024 bytes.
+constexpr int kReservedShared = 1024;
+constexpr const char* kReservedSection = ".nv.shared.reserved.0";
 enum Attribute : uint8_t { kMaxThreads = 0x05, kParamBytes = 0x19, kRegisters = 0x2f };
 
 // An attribute section: format, name, and a 16-bit value or the size of what follows.
@@ -46,10 +49,14 @@ void read_cubin(const char* elf, std::map<std::string, KernelFacts>& all) {
     const size_t n = strlen(prefix);
     return name.compare(0, n, prefix) == 0 ? name.substr(n) : std::string();
   };
+  const bool counts_reserved = std::any_of(sections.begin(), sections.end(), [&](const auto& s) {
+    return strcmp(names + s.sh_name, kReservedSection) == 0;
+  });
+  const int reserved = counts_reserved ? kReservedShared : 0;
   for (const Elf64_Shdr& s : sections) {
     const std::string name = names + s.sh_name;
     if (const auto kernel = suffix(name, ".nv.shared."); !kernel.empty()) {
-      all[kernel].static_shared = std::max(0, int(s.sh_size) - kReservedShared);
+      all[kernel].static_shared = std::max(0, int(s.sh_size) - reserved);
     }
     if (const auto kernel = suffix(name, ".nv.info."); !kernel.empty()) {
       each_attribute(elf + s.sh_offset, s.sh_size, [&](int attribute, int value, const char* more) {
@@ -118,13 +125,56 @@ std::string target_of(const std::string& ptx) {
   return ptx.substr(from, ptx.find_first_of(", \r\n", from) - from);
 }
 
-// The number of "sm_90a" if a device of this capability runs its code, else 0: PTX runs on newer
-// devices too, that of an architecture with a letter on this one only.
-int usable(const std::string& target, int capability) {
-  if (target.rfind("sm_", 0) != 0) return 0;
-  const int number = atoi(target.c_str() + 3);
-  const bool specific = isalpha(static_cast<unsigned char>(target.back()));
-  return (specific ? number == capability : number <= capability) ? number : 0;
+// One architecture of a fat binary.
+struct Code {
+  std::string target;           // "sm_90a"; of the PTX
+  std::string ptx;              // may be empty
+  const char* cubin = nullptr;  // may be null
+
+  // Code of an architecture with a letter runs on that one only.
+  bool specific() const { return !target.empty() && isalpha(uint8_t(target.back())); }
+};
+
+struct FatBinary {
+  std::map<int, Code> codes;  // by the number of the architecture
+  bool compressed = false;
+};
+
+// Wrapper: magic, version, data. Data: magic, version, header size, size; then parts with kind,
+// header size at 4, size at 8, architecture at 28, and their size if compressed at 16.
+FatBinary read_fat_binary(const void* wrapper) {
+  enum Kind : uint16_t { kPtx = 1, kCubin = 2 };
+  FatBinary all;
+  const char* data = read<const char*>(static_cast<const char*>(wrapper) + 8);
+  const char* end = data + read<uint16_t>(data + 6) + read<uint64_t>(data + 8);
+  for (const char* part = data + read<uint16_t>(data + 6); part < end;) {
+    const auto kind = read<uint16_t>(part);
+    const char* content = part + read<uint32_t>(part + 4);
+    const auto size = read<uint64_t>(part + 8);
+    const int architecture = int(read<uint32_t>(part + 28));
+    if (read<uint32_t>(part + 16)) {
+      all.compressed = true;
+    } else if (kind == kPtx) {
+      Code& code = all.codes[architecture];
+      code.ptx.assign(content, strnlen(content, size));
+      code.target = target_of(code.ptx);
+    } else if (kind == kCubin) {
+      all.codes[architecture].cubin = content;
+    }
+    part = content + size;
+  }
+  return all;
+}
+
+// The architecture whose code the device would run, or 0.
+int chosen(const FatBinary& all, int capability) {
+  int binary = 0, text = 0;
+  for (const auto& [number, code] : all.codes) {  // in rising order
+    if (code.specific() ? number != capability : number > capability) continue;
+    if (code.cubin && number / 10 == capability / 10) binary = number;
+    if (!code.ptx.empty()) text = number;
+  }
+  return binary ? binary : text;
 }
 
 }  // namespace
@@ -132,37 +182,34 @@ int usable(const std::string& target, int capability) {
 void Image::parse() const {
   if (parsed_) return;
   parsed_ = true;
-  // Wrapper: magic, version, data. Data: magic, version, header size, size; then parts with kind,
-  // header size at 4, size at 8, size if compressed at 16, architecture at 28.
-  const char* data = read<const char*>(static_cast<const char*>(wrapper_) + 8);
-  const char* first = data + read<uint16_t>(data + 6);
-  const char* end = first + read<uint64_t>(data + 8);
-  const auto each_part = [&](auto f) {
-    for (const char* part = first; part < end;) {
-      const auto header = read<uint32_t>(part + 4);
-      const auto size = read<uint64_t>(part + 8);
-      if (read<uint32_t>(part + 16)) {
-        compressed_ = true;
-      } else {
-        f(read<uint16_t>(part), int(read<uint32_t>(part + 28)), part + header, size);
-      }
-      part += header + size;
+  const FatBinary all = read_fat_binary(wrapper_);
+  architecture_ = chosen(all, capability_);
+  if (!architecture_) {
+    std::string there;
+    for (const auto& [number, code] : all.codes) {
+      there += (there.empty() ? "" : ", ") +
+               (code.target.empty() ? "sm_" + std::to_string(number) : code.target);
     }
-  };
-  int best = 0;
-  std::string text;
-  each_part([&](int kind, int, const char* p, size_t size) {
-    if (kind != 1) return;
-    const std::string ptx(p, strnlen(p, size));
-    const std::string target = target_of(ptx);
-    targets_ += (targets_.empty() ? "" : ", ") + target;
-    if (const int number = usable(target, capability_); number > best) best = number, text = ptx;
-  });
-  each_part([&](int kind, int architecture, const char* p, size_t) {
-    if (kind == 2 && architecture == best) read_cubin(p, facts_);
-  });
-  if (facts_.empty()) read_ptx(text, facts_);
-  if (best) module_ = std::make_unique<ptx::Module>(text);
+    missing_ = all.compressed
+                   ? "its device code is compressed: build with nvcc --compress-mode=none"
+                   : "no code for sm_" + std::to_string(capability_) + ", only for " +
+                         (there.empty() ? "none" : there);
+    return;
+  }
+  const Code& code = all.codes.at(architecture_);
+  const bool is_binary = code.cubin && architecture_ / 10 == capability_ / 10;
+  binary_version_ = is_binary ? architecture_ : capability_;
+  if (code.ptx.empty()) {
+    missing_ = "a GPU would run the cubin of sm_" + std::to_string(architecture_) +
+               ", whose PTX is not there: build with code=[compute_NN,sm_NN]";
+    return;
+  }
+  if (code.cubin) {
+    read_cubin(code.cubin, facts_);
+  } else {
+    read_ptx(code.ptx, facts_);
+  }
+  module_ = std::make_unique<ptx::Module>(code.ptx);
 }
 
 const KernelFacts& Image::facts(const std::string& kernel) const {
@@ -177,8 +224,7 @@ ptx::Module* Image::module() const {
 
 std::string Image::what_is_missing() const {
   parse();
-  if (compressed_) return "its device code is compressed: build with nvcc --compress-mode=none";
-  return "no code for this device, only for " + (targets_.empty() ? "none" : targets_);
+  return missing_;
 }
 
 }  // namespace softgpu

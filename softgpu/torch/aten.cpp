@@ -1,7 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch's own operations on the fake devices. Device memory is host memory, so an operation on cuda
-// tensors is run by its CPU kernel on CPU tensors that share their memory. Allocation, views, and
-// copies between host and device stay torch's CUDA code.
+// torch's own operations on the software GPUs. Device memory is host memory, so an operation on
+// cuda tensors is run by its CPU kernel on CPU tensors that share their memory: one function,
+// registered for every operation that has a CUDA kernel. Allocation, views, and copies between host
+// and device stay torch's CUDA code.
+//
+// What is kept of CUDA's semantics: an operation runs on the device of its tensors, which must be
+// one; where its result's size depends on values it waits for the stream; results are new tensors
+// of torch's CUDA allocator; random numbers follow the seed and the offset of the device's
+// generator, so that a run repeats; in a captured stream it is run again by every replay. What is
+// not: the CPU's arithmetic is not cuBLAS's or a CUDA kernel's, and temporaries are the host's.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -14,6 +21,15 @@
 #include <torch/library.h>
 
 #include <set>
+
+// Tells the runtime, which checks the order of streams, what an operation reads and writes
+// (runtime/launch.cpp).
+struct softgpu_access {
+  const void* address;
+  size_t bytes;
+  bool writes;
+};
+extern "C" void softgpu_operation(cudaStream_t, const char* name, const softgpu_access*, size_t);
 
 namespace {
 
@@ -173,6 +189,31 @@ bool writes(const c10::FunctionSchema& schema) {
                      [](const auto& a) { return a.alias_info() && a.alias_info()->isWrite(); });
 }
 
+size_t extent_bytes(const at::Tensor& t) {
+  if (t.numel() == 0) return 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return static_cast<size_t>(last + 1) * t.itemsize();
+}
+
+// Arguments and results of an operation; either side's tensors have the same addresses.
+void observe(const std::string& name, const c10::FunctionSchema& schema, const Stack& args,
+             const std::vector<at::Tensor>& results) {
+  std::vector<softgpu_access> accesses;
+  const auto add = [&](const at::Tensor& t, bool writes) {
+    if (t.defined() && t.has_storage()) {
+      accesses.push_back({t.const_data_ptr(), extent_bytes(t), writes});
+    }
+  };
+  for (size_t i = 0; i < args.size(); ++i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    for (const at::Tensor& t : tensors_of(args[i])) add(t, alias && alias->isWrite());
+  }
+  for (const at::Tensor& t : results) add(t, true);
+  softgpu_operation(c10::cuda::getCurrentCUDAStream(), name.c_str(), accesses.data(),
+                    accesses.size());
+}
+
 // Keeps `again` for the graph that the current stream captures.
 void record(std::function<void()> again) {
   auto* kept = new std::function<void()>(std::move(again));  // for as long as the process runs
@@ -213,6 +254,7 @@ void on_host(const c10::OperatorHandle& op, Stack* stack) {
     record([op, name, hosts] {
       Stack again = hosts;
       call(op, name, again);
+      observe(name, op.schema(), hosts, {});
     });
     results.clear();
     for (size_t i = 0; i < count; ++i) {
@@ -267,7 +309,10 @@ void on_host(const c10::OperatorHandle& op, Stack* stack) {
           ++i;
         }
       }
+      observe(name, op.schema(), hosts, outs);
     });
+  } else if (!capture) {
+    observe(name, schema, args, made);
   }
 }
 

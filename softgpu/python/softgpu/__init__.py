@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the software GPUs look like from Python. `import torch` calls install() by itself where this
-folder is in the path (build.py sees to it)."""
+folder is in the path (build.py sees to it).
+
+    calls()     the calls of the runtime that a block makes
+    number()    what calls() names a stream
+    races()     accesses of two streams that nothing orders
+    placed()    where in its pages fresh memory lies
+    damaged()   how many allocations something was written around
+"""
 
 import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 LIB = Path(__file__).resolve().parents[3] / "build" / "softgpu"
@@ -31,25 +39,67 @@ def install() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+@cache
+def runtime() -> ctypes.CDLL:
+    """The runtime that torch uses."""
+    library = ctypes.CDLL("libcudart.so.13")
+    library.softgpu_log_text.restype = ctypes.c_char_p
+    library.softgpu_races.restype = ctypes.c_char_p
+    return library
+
+
 def number(stream: object) -> int:
-    """What calls() names a torch.cuda.Stream."""
-    return ctypes.CDLL("libcudart.so.13").softgpu_number(ctypes.c_void_p(stream.cuda_stream))
+    """What calls() names a torch.cuda.Stream: 0 for the default stream of a device."""
+    return runtime().softgpu_number(ctypes.c_void_p(stream.cuda_stream))
 
 
 @contextmanager
 def calls() -> Iterator[list[dict[str, str]]]:
-    """The calls of the runtime that the block makes, as {"call": "launch", "stream": "0", ...}."""
-    runtime = ctypes.CDLL("libcudart.so.13")
-    runtime.softgpu_log_text.restype = ctypes.c_char_p
-    runtime.softgpu_log(1)
+    """The calls that the block makes, as {"call": "launch", "stream": "0", ...}: launch, malloc,
+    free, memcpy, memcpy_async, memset_async, event_record, event_synchronize, stream_wait_event,
+    stream_synchronize, device_synchronize, graph_launch and occupancy. Filled when the block ends.
+    """
+    runtime().softgpu_log(1)
     made: list[dict[str, str]] = []
     try:
         yield made
     finally:
-        for line in runtime.softgpu_log_text().decode().splitlines():
+        for line in runtime().softgpu_log_text().decode().splitlines():
             head, _, kernel = line.partition(" kernel=")
             name, *fields = head.split()
             made.append({"call": name, **dict(f.split("=") for f in fields)})
             if kernel:
                 made[-1]["kernel"] = kernel
-        runtime.softgpu_log(0)
+        runtime().softgpu_log(0)
+
+
+@contextmanager
+def races() -> Iterator[list[str]]:
+    """Checks the order of streams in the block, and lists what it finds, a line each; what came
+    before the block is taken as done. Filled when the block ends. See the README."""
+    runtime().softgpu_check_streams(1)
+    found: list[str] = []
+    try:
+        yield found
+    finally:
+        found += runtime().softgpu_races().decode().splitlines()
+        runtime().softgpu_check_streams(int(os.environ.get("SOFTGPU_STREAM_CHECK") or 0))
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Where cudaMalloc places memory while the block runs: "aligned" as a GPU does, its end near a
+    page that cannot be touched; "end": up to that page, to the byte, so that every access past the
+    end faults; "begin": right after such a page, so that one before it does. torch asks cudaMalloc
+    for each tensor where torch.cuda.caching_allocator_enable(False) was called."""
+    runtime().softgpu_place(["aligned", "end", "begin"].index(where))
+    try:
+        yield
+    finally:
+        runtime().softgpu_place(0)
+
+
+def damaged() -> int:
+    """Allocations around which something was written since it was last asked for (or since a kernel
+    that wrote there was reported); stderr has a line for each."""
+    return runtime().softgpu_damaged()

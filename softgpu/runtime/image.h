@@ -17,25 +17,34 @@ struct KernelFacts {
   int parameter_bytes = 0;  // 0: not known
 };
 
-// A fat binary: per architecture a cubin and PTX. Compressed parts are not read
-// (nvcc --compress-mode=none).
+// A fat binary: cubins and PTX of some architectures. Read when it is first asked for something.
+// Compressed parts are not read (nvcc --compress-mode=none).
 class Image {
  public:
   // capability: 10 * major + minor of the device that the kernels are to run on
   Image(const void* wrapper, int capability) : wrapper_(wrapper), capability_(capability) {}
-  const KernelFacts& facts(const std::string& kernel) const;
-  // What the device would run: of the architectures that it understands, the newest; null if none.
+
+  // The PTX of what the device would run: a cubin of its own major capability, or PTX, which the
+  // driver compiles. Null if it would run none, or one whose PTX is not there.
   ptx::Module* module() const;
   std::string what_is_missing() const;
+
+  // Of a kernel; from the cubin of the same architecture as the PTX. Without one from the PTX,
+  // which knows no registers.
+  const KernelFacts& facts(const std::string& kernel) const;
+
+  int binary_version() const { return parse(), binary_version_; }
+  int ptx_version() const { return parse(), architecture_; }
 
  private:
   void parse() const;
   const void* wrapper_;
   int capability_;
-  mutable bool parsed_ = false, compressed_ = false;
+  mutable bool parsed_ = false;
+  mutable int architecture_ = 0, binary_version_ = 0;
   mutable std::map<std::string, KernelFacts> facts_;
   mutable std::unique_ptr<ptx::Module> module_;
-  mutable std::string targets_;
+  mutable std::string missing_;
 };
 
 }  // namespace softgpu
