@@ -47,9 +47,7 @@ def torch_folder() -> Path:
     if not (folder / "lib" / "libtorch_cuda.so").exists():
         fail(f"the torch of {sys.executable} has no CUDA")
     if (folder.parent / "nvidia").exists():
-        fail(
-            "this torch has NVIDIA's libraries: make an environment with pip install --no-deps torch"
-        )
+        fail("this torch has NVIDIA's libraries: it must come from pip install --no-deps torch")
     return folder
 
 

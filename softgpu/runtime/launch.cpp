@@ -186,6 +186,11 @@ struct softgpu_access {
 extern "C" void softgpu_operation(cudaStream_t handle, const char* name,
                                   const softgpu_access* accesses, size_t count) {
   Lock lock(mutex);
+  if (!runs_work()) {
+    if (const CUstream_st* s = stream_of(handle, name)) {
+      note("operation device=%d stream=%d kernel=%s", s->device, s->number, name);
+    }
+  }
   if (!checks_streams()) return;
   const auto touch_all = [=] {
     for (size_t i = 0; i < count; ++i)

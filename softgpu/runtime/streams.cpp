@@ -371,6 +371,7 @@ SOFTGPU_API cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
     return refuse(cudaErrorStreamCaptureUnsupported, "capture of the default stream");
   }
   if (s->capture) return refuse(cudaErrorIllegalState, "the stream is captured already");
+  note("begin_capture device=%d stream=%d", s->device, s->number);
   s->capture = new CUgraph_st;
   s->capture->origin = s;
   s->capture->mode = mode;

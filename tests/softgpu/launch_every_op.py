@@ -13,7 +13,8 @@ from tolerance import check_results
 
 from unipool import ops
 
-# From one row per expert to more than fill the widest tile; k = 1 and 2; widths that no tile divides.
+# From one row per expert to more than the widest tile holds; k = 1 and 2; widths that no tile
+# divides.
 CASES = [
     Case("few", 12, 8, 1, 40, 24),
     Case("some", 150, 4, 2, 72, 40, routing="zipf"),

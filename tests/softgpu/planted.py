@@ -113,7 +113,7 @@ class Planted:
         return self.name(getattr(self.runtime, function)(*values))
 
 
-def _value(argument: object) -> ctypes._SimpleCData:
+def _value(argument: object) -> object:
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int(argument)
+    return ctypes.c_int(argument) if isinstance(argument, int) else argument

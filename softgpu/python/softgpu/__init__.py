@@ -57,8 +57,8 @@ def number(stream: object) -> int:
 def calls() -> Iterator[list[dict[str, str]]]:
     """The calls that the block makes, as {"call": "launch", "stream": "0", ...}: launch, malloc,
     free, memcpy, memcpy_async, memset_async, event_record, event_synchronize, stream_wait_event,
-    stream_synchronize, device_synchronize, graph_launch and occupancy. Filled when the block ends.
-    """
+    stream_synchronize, device_synchronize, begin_capture, graph_launch, occupancy; and operation,
+    one of torch's own. Filled when the block ends."""
     runtime().softgpu_log(1)
     made: list[dict[str, str]] = []
     try:
