@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "runtime/core.h"
 #include "runtime/order.h"
@@ -21,10 +22,10 @@ constexpr size_t kAlignment = 256;                  // of what cudaMalloc return
 constexpr size_t kPoisonAtMost = size_t(64) << 20;  // more would take long
 constexpr unsigned char kFresh = 0xff;  // NaN in every floating-point type, -1 in others
 
-// Where in its pages an allocation lies. Its end is as near to the guard page as alignment allows,
-// or touches it, or its begin touches the one before.
-enum class Placement { aligned, end, begin };
-Placement placement = Placement::aligned;
+// Where in its pages an allocation lies: its end is as near to the guard page behind as an
+// alignment allows, or its begin touches the guard page before.
+constexpr size_t kAtBegin = 0;
+size_t placement = kAlignment;  // that alignment, or kAtBegin
 
 struct Arena {
   char* base = nullptr;
@@ -34,6 +35,7 @@ struct Arena {
 };
 Arena arenas[kMaxDevices];
 std::map<const char*, size_t> pinned;
+int damages = 0;  // since Python asked
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -46,12 +48,12 @@ bool reserve(Arena& a) {
   return true;
 }
 
-cudaError_t allocate(void** out, size_t bytes, Placement where) {
+cudaError_t allocate(void** out, size_t bytes) {
   *out = nullptr;
   if (bytes == 0) return cudaSuccess;
   Arena& a = arenas[me.device];
   if (!reserve(a)) return refuse(cudaErrorMemoryAllocation, "no addresses left on the host");
-  const size_t size = where == Placement::end ? bytes : round_up(bytes, kAlignment);
+  const size_t size = round_up(bytes, placement == kAtBegin ? kAlignment : placement);
   const size_t mapped = round_up(size, kPage);
   if (a.used + size > settings().memory || a.next + mapped + kPage > kArena) {
     return done(cudaErrorMemoryAllocation);
@@ -60,7 +62,7 @@ cudaError_t allocate(void** out, size_t bytes, Placement where) {
   if (mprotect(pages, mapped, PROT_READ | PROT_WRITE)) return done(cudaErrorMemoryAllocation);
   a.next += mapped + kPage;
   a.used += mapped;
-  char* begin = where == Placement::begin ? pages : pages + mapped - size;
+  char* begin = placement == kAtBegin ? pages : pages + mapped - size;
   memset(pages, kFresh, size_t(begin - pages));
   memset(begin + bytes, kFresh, mapped - size_t(begin - pages) - bytes);
   if (settings().poison && bytes <= kPoisonAtMost) memset(begin, kFresh, bytes);
@@ -188,6 +190,7 @@ bool damaged(const Allocation& a, const char* by) {
   const char* at = clean(a.pages, a.begin);
   if (at == a.begin) at = clean(a.end(), last);
   if (at == last) return false;
+  ++damages;
   fprintf(stderr, "softgpu: %s: something was written at %p%s\n", by, static_cast<const void*>(at),
           place_of(at).c_str());
   memset(a.pages, kFresh, size_t(a.begin - a.pages));
@@ -209,20 +212,23 @@ using namespace softgpu;
 
 // ---- for Python
 
-// Where cudaMalloc places what it returns from now on: 0, 1, 2 as in Placement.
-extern "C" void softgpu_place(int where) {
+// How cudaMalloc places what it returns from now on: 0 at the begin of its pages; else at their
+// end, aligned to so many bytes.
+extern "C" void softgpu_place(size_t alignment) {
   Lock lock(mutex);
-  placement = Placement(where);
+  placement = alignment;
 }
 
-// The allocations around which something was written; each is a line on stderr.
+// The allocations around which something was written since it was last asked for; each is a line on
+// stderr.
 extern "C" int softgpu_damaged() {
   Lock lock(mutex);
-  int count = 0;
   for (const Arena& arena : arenas) {
-    for (const auto& [pages, a] : arena.allocations) count += a.live && damaged(a, "by now");
+    for (const auto& [pages, a] : arena.allocations) {
+      if (a.live) damaged(a, "by now");
+    }
   }
-  return count;
+  return std::exchange(damages, 0);
 }
 
 // ---- the interface
@@ -230,7 +236,7 @@ extern "C" int softgpu_damaged() {
 SOFTGPU_API cudaMalloc(void** p, size_t bytes) {
   Lock lock(mutex);
   if (cudaError_t error = unsafe_in_capture("cudaMalloc")) return error;
-  return allocate(p, bytes, placement);
+  return allocate(p, bytes);
 }
 SOFTGPU_API cudaFree(void* p) {
   Lock lock(mutex);

@@ -117,3 +117,8 @@ def _value(argument: object) -> object:
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_int(argument) if isinstance(argument, int) else argument
+
+
+def address(value: int) -> ctypes.c_void_p:
+    """A pointer that is no tensor's."""
+    return ctypes.c_void_p(value)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op, forward and backward, in a form that can be run again, captured and watched."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from cases import Case, OpSpec, to_device, upstream
@@ -19,18 +19,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Step:
-    """An op of a case on a device: its inputs and upstream gradients are made once."""
+    """An op of a case on a device: its inputs and upstream gradients are made once, in placed()."""
 
-    def __init__(self, spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cuda") -> None:
+    def __init__(
+        self,
+        spec: OpSpec,
+        case: Case,
+        dtype: torch.dtype,
+        device: str = "cuda",
+        placed: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         self.spec = spec
-        inputs = to_device(spec.inputs(case, dtype), torch.device(device))
+        with placed():
+            inputs = to_device(spec.inputs(case, dtype), torch.device(device))
         self.inputs = {
             n: t.requires_grad_() if n in spec.differentiable else t for n, t in inputs.items()
         }
         self.wrt = [self.inputs[n] for n in spec.differentiable]
         results = spec.call(ops, self.inputs)
         self.roots = [n for n, t in results.items() if t.requires_grad]
-        self.upstream = [upstream(case, n, results[n]) for n in self.roots]
+        with placed():
+            self.upstream = [upstream(case, n, results[n]) for n in self.roots]
 
     def run(self) -> list[Tensor]:
         """Results, then the gradients of the inputs. Nothing here but the op waits or copies."""

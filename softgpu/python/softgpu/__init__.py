@@ -87,19 +87,19 @@ def races() -> Iterator[list[str]]:
 
 
 @contextmanager
-def placed(where: str) -> Iterator[None]:
-    """Where cudaMalloc places memory while the block runs: "aligned" as a GPU does, its end near a
-    page that cannot be touched; "end": up to that page, to the byte, so that every access past the
-    end faults; "begin": right after such a page, so that one before it does. torch asks cudaMalloc
-    for each tensor where torch.cuda.caching_allocator_enable(False) was called."""
-    runtime().softgpu_place(["aligned", "end", "begin"].index(where))
+def placed(where: str, alignment: int = 1) -> Iterator[None]:
+    """Where cudaMalloc places memory while the block runs, in place of a GPU's 256-byte alignment.
+    "end": its end, rounded up to the alignment, is at a page that cannot be touched, so that every
+    access past it faults; "begin": it begins after such a page, so that every access before it
+    does. torch asks cudaMalloc for each tensor after torch.cuda.caching_allocator_enable(False)."""
+    runtime().softgpu_place(ctypes.c_size_t({"end": alignment, "begin": 0}[where]))
     try:
         yield
     finally:
-        runtime().softgpu_place(0)
+        runtime().softgpu_place(ctypes.c_size_t(256))
 
 
 def damaged() -> int:
-    """Allocations around which something was written since it was last asked for (or since a kernel
-    that wrote there was reported); stderr has a line for each."""
+    """Allocations around which something was written since it was last asked for; stderr has a line
+    for each."""
     return runtime().softgpu_damaged()
