@@ -117,15 +117,17 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
                   k->image->what_is_missing().c_str());
   }
   if (cudaError_t error = check_launch(*k, grid, block, smem)) return error;
-  ptx::Kernel* code;
   std::vector<char> arguments;
   try {
     arguments = argument_bytes(*module, k->name, args);
+  } catch (const std::exception&) {
+    return refuse(cudaErrorInvalidDeviceFunction, "%s: not in the library's PTX", name);
+  }
+  ptx::Kernel* code;
+  try {
     code = &module->kernel(k->name);
   } catch (const ptx::Error& e) {
     return refuse(cudaErrorInvalidPtx, "%s: %s", name, e.what());
-  } catch (const std::out_of_range&) {
-    return refuse(cudaErrorInvalidDeviceFunction, "%s: not in the library's PTX", name);
   }
   if (cudaError_t error = check_arguments(*k, arguments)) return error;
   return submit(*s, name, [=, arguments = std::move(arguments)] {
