@@ -2,22 +2,27 @@
 #include "runtime/streams.h"
 
 #include <algorithm>
+#include <deque>
 #include <memory>
+#include <set>
 
 #include "runtime/settings.h"
 
 namespace softgpu {
 namespace {
 
-// Destroyed ones too, so that their use is noticed whatever the host's allocator does.
+// Destroyed ones stay for a while, or for good, so that no new one gets their address and their use
+// is noticed.
 std::vector<std::unique_ptr<CUstream_st>> streams;
-std::vector<std::unique_ptr<CUevent_st>> events;
+std::set<CUevent_st*> events;
+std::deque<std::unique_ptr<CUevent_st>> destroyed_events;
+constexpr size_t kDestroyedEvents = 10000;
 CUstream_st default_streams[kMaxDevices];
 
 bool is_default(const CUstream_st& s) { return s.line < kMaxDevices; }
 
 CUevent_st* event_of(cudaEvent_t event, const char* call) {
-  if (event && !event->destroyed) return event;
+  if (events.count(event)) return event;
   refuse(cudaErrorInvalidResourceHandle, "%s with %s", call,
          event ? "an event that was destroyed" : "no event");
   return nullptr;
@@ -283,8 +288,8 @@ SOFTGPU_API cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   auto e = std::make_unique<CUevent_st>();
   e->device = me.device;
   e->timing = !(flags & cudaEventDisableTiming);
-  *event = e.get();
-  events.push_back(std::move(e));
+  *event = e.release();
+  events.insert(*event);
   return cudaSuccess;
 }
 SOFTGPU_API cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
@@ -292,8 +297,9 @@ SOFTGPU_API cudaEventDestroy(cudaEvent_t event) {
   Lock lock(mutex);
   CUevent_st* e = event_of(event, "cudaEventDestroy");
   if (!e) return me.last;
-  e->destroyed = true;
-  e->clock.clear();
+  events.erase(e);
+  destroyed_events.emplace_back(e);
+  if (destroyed_events.size() > kDestroyedEvents) destroyed_events.pop_front();
   return cudaSuccess;
 }
 SOFTGPU_API cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, unsigned) {
@@ -391,7 +397,7 @@ SOFTGPU_API cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   for (const auto& other : streams) {
     if (other->capture == capture) other->capture = nullptr;
   }
-  for (const auto& e : events) {  // a captured event means nothing once the capture has ended
+  for (CUevent_st* e : events) {  // a captured event means nothing once the capture has ended
     if (e->capture == capture) e->capture = nullptr, e->recorded = false;
   }
   std::unique_ptr<CUgraph_st> result(capture);

@@ -48,7 +48,7 @@ struct CUstream_st {
 
 struct CUevent_st {
   int device = 0;
-  bool timing = true, recorded = false, destroyed = false;
+  bool timing = true, recorded = false;
   CUgraph_st* capture = nullptr;
   softgpu::Clock clock;
   std::chrono::steady_clock::time_point time;
