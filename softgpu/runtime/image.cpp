@@ -21,8 +21,7 @@ T read(const char* p) {
 }
 
 // The system's part of a block's shared memory. From sm_90 on it is counted in a kernel's section;
-// ptxas then says so by a section of its own. What is left is static shared memory, which the ptxas
-// of CUDA 13 rounds up to 1,024 bytes.
+// ptxas then says so by a section of its own. What is left is static shared memory.
 constexpr int kReservedShared = 1024;
 constexpr const char* kReservedSection = ".nv.shared.reserved.0";
 enum Attribute : uint8_t { kMaxThreads = 0x05, kParamBytes = 0x19, kRegisters = 0x2f };
