@@ -12,6 +12,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd/loops.h"
+#include "cpu/tensor.h"
 #include "ops/checks.h"
 #include "unipool/nvtx.h"
 
@@ -89,7 +90,7 @@ std::pair<at::Tensor, acc_t<T>> route_bwd(const RouterShape& s, const OptionalTe
   const auto logits = logits_in.contiguous();
   const auto experts = experts_in.contiguous();
   const auto mask = contiguous(mask_in);
-  auto grad_logits = at::empty({s.tokens, s.experts}, logits.options());
+  auto grad_logits = alloc_grad_logits(s, logits);
   const T* z = data<T>(logits);
   const int32_t* ids = data<int32_t>(experts);
   const A* gw = data_or_null<A>(grad_weights);
@@ -146,7 +147,7 @@ std::tuple<at::Tensor, at::Tensor> norm_topk_bwd(const OptionalTensor& grad_weig
                      [&](const RouterRowBwd<T>& row) {
                        return loops<T>().norm_topk_bwd(row, coef, static_cast<A>(eps));
                      });
-    auto grad_scale = at::empty(scale.sizes(), scale.options());
+    auto grad_scale = alloc_grad_scale(scale);
     *mutable_data<A>(grad_scale) = grad_coef * static_cast<A>(calibration);
     return std::make_tuple(grad_logits, grad_scale);
   });

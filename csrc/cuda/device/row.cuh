@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/device/vec.cuh"
 #include "cuda/device/warp.cuh"
+#include "unipool/limits.h"
 
 namespace unipool {
 

@@ -6,6 +6,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "unipool/limits.h"
 #include "unipool/types.h"
 
 namespace unipool {
