@@ -117,7 +117,7 @@ void grouped_wgrad_(at::Tensor& sum, at::TensorList grad, at::TensorList input,
                     int64_t input_top_k) {
   UNIPOOL_NVTX_RANGE("grouped_wgrad_");
   const auto s = check_grouped_wgrad(grad, input, order, offsets, grad_top_k, input_top_k);
-  check_wgrad_sum(sum, s, grad);
+  check_wgrad_sum(sum, s, grad, input, order, offsets);
   const WgradSegments segments(s, grad, input, order, offsets, grad_top_k);
   with_products(grad[0].scalar_type(), true, [&](auto tag) {
     using Products = typename decltype(tag)::type;

@@ -32,6 +32,11 @@ const T* data_or_null(const OptionalTensor& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
+// As bytes, since a bool that is neither 0 nor 1 (a view of other memory) is no value of C++.
+const uint8_t* mask_bytes(const OptionalTensor& mask) {
+  return mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+}
+
 // out[i] = sum over blocks of partial[block][i], in block order
 template <class A>
 void sum_blocks(const std::vector<A>& partial, int64_t blocks, int64_t n, A* out) {
@@ -64,7 +69,7 @@ RouterResult route(const RouterShape& s, const at::Tensor& logits_in, const Opti
       const int64_t last = std::min(s.tokens, (block + 1) * kBlock);
       for (int64_t t = block * kBlock; t < last; ++t) {
         row_kernel(RouterRow<T>{z + t * s.experts, s.experts, s.top_k, data_or_null<A>(bias),
-                                data_or_null<bool>(mask), scratch.data(), weights + t * s.top_k,
+                                mask_bytes(mask), scratch.data(), weights + t * s.top_k,
                                 experts + t * s.top_k, importance.data() + block * s.experts});
       }
     }
@@ -104,7 +109,7 @@ std::pair<at::Tensor, acc_t<T>> route_bwd(const RouterShape& s, const OptionalTe
       const int64_t last = std::min(s.tokens, (block + 1) * kBlock);
       for (int64_t t = block * kBlock; t < last; ++t) {
         partial[block] += row_kernel(
-            RouterRowBwd<T>{z + t * s.experts, s.experts, s.top_k, data_or_null<bool>(mask),
+            RouterRowBwd<T>{z + t * s.experts, s.experts, s.top_k, mask_bytes(mask),
                             ids + t * s.top_k, gw == nullptr ? nullptr : gw + t * s.top_k,
                             data_or_null<A>(grad_importance), scratch.data(), dz + t * s.experts});
       }

@@ -101,7 +101,7 @@ void grouped_wgrad_(at::Tensor& sum, at::TensorList grad, at::TensorList input,
                     at::TensorList order, at::TensorList offsets, int64_t grad_top_k,
                     int64_t input_top_k) {
   const auto s = check_grouped_wgrad(grad, input, order, offsets, grad_top_k, input_top_k);
-  check_wgrad_sum(sum, s, grad);
+  check_wgrad_sum(sum, s, grad, input, order, offsets);
   LaunchScope scope(sum);
   UNIPOOL_NVTX_RANGE("grouped_wgrad_");
   const Segments segments(grad, input, order, offsets, grad_top_k, input_top_k);

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "unipool/limits.h"
 
@@ -92,6 +93,21 @@ class Checker {
     TORCH_CHECK_VALUE(rows <= kMaxRows, op_, ": ", what, " must be below 2^31, got ", rows);
   }
 
+  // tokens * top_k slots, of a top_k that may be anything: `what` is its formula.
+  void slots(const char* what, int64_t tokens, int64_t top_k) const {
+    TORCH_CHECK_VALUE(tokens == 0 || top_k <= kMaxRows / tokens, op_, ": ", what,
+                      " must be below 2^31, got ", tokens, " * ", top_k);
+  }
+
+  // An op writes `out` while it reads `in`: their memory must not overlap.
+  void apart(const char* out_name, const at::Tensor& out, const char* in_name,
+             const at::Tensor& in) const {
+    const auto [begin, end] = extent(out);
+    const auto [other_begin, other_end] = extent(in);
+    TORCH_CHECK_VALUE(end <= other_begin || other_end <= begin, op_, ": ", out_name,
+                      ", which is written, must not share memory with ", in_name);
+  }
+
   void at_least_one(const char* name, const char* what, int64_t size) const {
     TORCH_CHECK_VALUE(size >= 1, op_, ": ", name, " must have at least one ", what, ", got 0");
   }
@@ -101,6 +117,15 @@ class Checker {
   static constexpr int64_t kAny = -1;
 
  private:
+  // First byte and end of what a tensor's elements span; equal if it has none.
+  static std::pair<uintptr_t, uintptr_t> extent(const at::Tensor& t) {
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    if (t.numel() == 0) return {begin, begin};
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < t.dim(); ++axis) last += (t.size(axis) - 1) * t.stride(axis);
+    return {begin, begin + (last + 1) * t.element_size()};
+  }
+
   // The sizes that are fixed by other arguments, e.g. " = [*, 64]"; nothing if all are free.
   static std::string describe(std::initializer_list<int64_t> expected) {
     if (std::all_of(expected.begin(), expected.end(), [](int64_t s) { return s == kAny; })) {

@@ -134,8 +134,9 @@ WgradShape check_grouped_wgrad(at::TensorList grad, at::TensorList input, at::Te
                                at::TensorList offsets, int64_t grad_top_k, int64_t input_top_k);
 // The dtype of grouped_wgrad's result: out_dtype, which must be that of grad or its acc type.
 at::ScalarType check_wgrad_dtype(at::TensorList grad, std::optional<at::ScalarType> out_dtype);
-// The tensor that grouped_wgrad_ adds to: [M, n, K] acc, contiguous.
-void check_wgrad_sum(const at::Tensor& sum, const WgradShape& shape, at::TensorList grad);
+// The tensor that grouped_wgrad_ adds to: [M, n, K] acc, contiguous, in memory of its own.
+void check_wgrad_sum(const at::Tensor& sum, const WgradShape& shape, at::TensorList grad,
+                     at::TensorList input, at::TensorList order, at::TensorList offsets);
 at::Tensor alloc_grouped_wgrad(const WgradShape& shape, at::TensorList grad, at::ScalarType dtype);
 
 // --- expert_mlp
@@ -158,7 +159,7 @@ ExpertShape check_expert_mlp_bwd(const at::Tensor& grad, const at::Tensor& weigh
                                  const at::Tensor& gate_up, const at::Tensor& down,
                                  const at::Tensor& order, const at::Tensor& inverse,
                                  const at::Tensor& offsets, const at::Tensor& preact);
-// As above; preact, which is to be written, must be contiguous.
+// As above; preact, which is to be written, must be contiguous and in memory of its own.
 ExpertShape check_expert_mlp_bwd_(const at::Tensor& grad, const at::Tensor& weights,
                                   const at::Tensor& gate_up, const at::Tensor& down,
                                   const at::Tensor& order, const at::Tensor& inverse,

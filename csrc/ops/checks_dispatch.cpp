@@ -43,7 +43,7 @@ PermuteShape check_permute(const at::Tensor& x, const at::Tensor& order, int64_t
   check.shape("x", x, "[T, D]", {kAny, kAny});
   check.floating("x", x);
   TORCH_CHECK_VALUE(top_k >= 1, "permute: top_k must be at least 1, got ", top_k);
-  check.rows("T * top_k", x.size(0) * top_k);
+  check.slots("T * top_k", x.size(0), top_k);
   check_index(check, "order", order, "[T * top_k]", {x.size(0) * top_k}, "x", x);
   return {x.size(0), order.size(0), x.size(1), top_k};
 }

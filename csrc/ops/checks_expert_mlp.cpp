@@ -81,6 +81,14 @@ ExpertShape check_expert_mlp_bwd_(const at::Tensor& grad, const at::Tensor& weig
                                    inverse, offsets, preact);
   TORCH_CHECK_VALUE(preact.is_contiguous(),
                     "expert_mlp_bwd_: preact must be contiguous, got strides ", preact.strides());
+  const Checker check("expert_mlp_bwd_");
+  check.apart("preact", preact, "grad", grad);
+  check.apart("preact", preact, "weights", weights);
+  check.apart("preact", preact, "gate_up", gate_up);
+  check.apart("preact", preact, "down", down);
+  check.apart("preact", preact, "order", order);
+  check.apart("preact", preact, "inverse", inverse);
+  check.apart("preact", preact, "offsets", offsets);
   return shape;
 }
 

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "ops/checker.h"
 #include "ops/checks.h"
@@ -37,6 +38,8 @@ WgradShape check_grouped_wgrad(at::TensorList grad, at::TensorList input, at::Te
                       "grouped_wgrad: offsets must be [M + 1] with M >= 1, got ",
                       offsets[s].sizes());
     check.experts("offsets", offsets[s].size(0) - 1, grad[0]);
+    check.slots("N", grad[s].size(0), grad_top_k);
+    check.slots("N", input[s].size(0), input_top_k);
     const int64_t grad_rows = grad[s].size(0) * std::max<int64_t>(grad_top_k, 1);
     const int64_t input_rows = input[s].size(0) * std::max<int64_t>(input_top_k, 1);
     check.at_least_one("grad", "column (n)", grad[s].size(1));
@@ -60,13 +63,20 @@ at::ScalarType check_wgrad_dtype(at::TensorList grad, std::optional<at::ScalarTy
   return out;
 }
 
-void check_wgrad_sum(const at::Tensor& sum, const WgradShape& s, at::TensorList grad) {
+void check_wgrad_sum(const at::Tensor& sum, const WgradShape& s, at::TensorList grad,
+                     at::TensorList input, at::TensorList order, at::TensorList offsets) {
   const Checker check("grouped_wgrad_");
   check.shape("sum", sum, "[M, n, K]", {s.experts, s.n, s.k});
   check.dtype("sum", sum, acc_type(grad[0].scalar_type()));
   check.same_device("sum", sum, "grad[0]", grad[0]);
   TORCH_CHECK_VALUE(sum.is_contiguous(), "grouped_wgrad_: sum must be contiguous, got strides ",
                     sum.strides());
+  for (const auto& [name, tensors] : {std::pair<const char*, at::TensorList>("grad", grad),
+                                      {"input", input},
+                                      {"order", order},
+                                      {"offsets", offsets}}) {
+    for (const at::Tensor& t : tensors) check.apart("sum", sum, name, t);
+  }
 }
 
 at::Tensor alloc_grouped_wgrad(const WgradShape& s, at::TensorList grad, at::ScalarType dtype) {

@@ -16,7 +16,7 @@ RouterShape check_logits(const Checker& check, const at::Tensor& logits, int64_t
   check.floating("logits", logits);
   check.at_least_one("logits", "expert (M)", logits.size(1));
   check.top_k(top_k, logits.size(1));
-  check.rows("T * top_k", logits.size(0) * top_k);
+  check.slots("T * top_k", logits.size(0), top_k);
   if (!on_cpu_kernels(logits)) {
     TORCH_CHECK_VALUE(logits.size(1) <= kExpertLimit, check.op(), ": M must be at most ",
                       kExpertLimit, " on ", logits.device(), ", got ", logits.size(1));
