@@ -12,6 +12,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd/loops.h"
+#include "cpu/tensor.h"
 #include "ops/checks.h"
 #include "unipool/nvtx.h"
 
@@ -91,7 +92,7 @@ at::Tensor permute(const at::Tensor& x_in, const at::Tensor& order_in, int64_t t
   const auto x = x_in.contiguous();
   const auto order = order_in.contiguous();
   check_index_values("permute", "order", order, s.tokens * top_k);
-  auto y = at::empty({s.rows, s.width}, x.options());
+  auto y = alloc_permute(s, x);
   const int32_t* slot = data<int32_t>(order);
   const size_t bytes = s.width * x.element_size();
   const char* from = static_cast<const char*>(x.const_data_ptr());
@@ -116,7 +117,7 @@ at::Tensor unpermute(const at::Tensor& y_in, const at::Tensor& inverse_in,
   const auto inverse = inverse_in.contiguous();
   check_index_values("unpermute", "inverse", inverse, s.rows);
   const auto weights = weights_in ? weights_in->contiguous() : at::Tensor();
-  auto x = at::empty({s.tokens, s.width}, y.options());
+  auto x = alloc_unpermute(s, y);
   const int32_t* row = data<int32_t>(inverse);
   for_dtype(y.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -153,8 +154,7 @@ std::tuple<at::Tensor, at::Tensor> unpermute_bwd(const at::Tensor& grad_in, cons
   const auto weights = weights_in.contiguous();
   check_index_values("unpermute_bwd", "order", order, s.rows);
   check_index_values("unpermute_bwd", "inverse", inverse, s.rows);
-  auto grad_y = at::empty({s.rows, s.width}, y.options());
-  auto grad_weights = at::empty({s.tokens, s.top_k}, weights.options());
+  auto [grad_y, grad_weights] = alloc_unpermute_bwd(s, y, weights);
   const int32_t* slot = data<int32_t>(order);
   const int32_t* row = data<int32_t>(inverse);
   for_dtype(y.scalar_type(), [&](auto tag) {

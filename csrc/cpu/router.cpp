@@ -12,6 +12,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd/loops.h"
+#include "cpu/tensor.h"
 #include "ops/checks.h"
 #include "unipool/nvtx.h"
 
@@ -29,6 +30,11 @@ OptionalTensor contiguous(const OptionalTensor& t) {
 template <class T>
 const T* data_or_null(const OptionalTensor& t) {
   return t ? data<T>(*t) : nullptr;
+}
+
+// As bytes, since a bool that is neither 0 nor 1 (a view of other memory) is no value of C++.
+const uint8_t* mask_bytes(const OptionalTensor& mask) {
+  return mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
 }
 
 // out[i] = sum over blocks of partial[block][i], in block order
@@ -63,7 +69,7 @@ RouterResult route(const RouterShape& s, const at::Tensor& logits_in, const Opti
       const int64_t last = std::min(s.tokens, (block + 1) * kBlock);
       for (int64_t t = block * kBlock; t < last; ++t) {
         row_kernel(RouterRow<T>{z + t * s.experts, s.experts, s.top_k, data_or_null<A>(bias),
-                                data_or_null<bool>(mask), scratch.data(), weights + t * s.top_k,
+                                mask_bytes(mask), scratch.data(), weights + t * s.top_k,
                                 experts + t * s.top_k, importance.data() + block * s.experts});
       }
     }
@@ -89,7 +95,7 @@ std::pair<at::Tensor, acc_t<T>> route_bwd(const RouterShape& s, const OptionalTe
   const auto logits = logits_in.contiguous();
   const auto experts = experts_in.contiguous();
   const auto mask = contiguous(mask_in);
-  auto grad_logits = at::empty({s.tokens, s.experts}, logits.options());
+  auto grad_logits = alloc_grad_logits(s, logits);
   const T* z = data<T>(logits);
   const int32_t* ids = data<int32_t>(experts);
   const A* gw = data_or_null<A>(grad_weights);
@@ -103,7 +109,7 @@ std::pair<at::Tensor, acc_t<T>> route_bwd(const RouterShape& s, const OptionalTe
       const int64_t last = std::min(s.tokens, (block + 1) * kBlock);
       for (int64_t t = block * kBlock; t < last; ++t) {
         partial[block] += row_kernel(
-            RouterRowBwd<T>{z + t * s.experts, s.experts, s.top_k, data_or_null<bool>(mask),
+            RouterRowBwd<T>{z + t * s.experts, s.experts, s.top_k, mask_bytes(mask),
                             ids + t * s.top_k, gw == nullptr ? nullptr : gw + t * s.top_k,
                             data_or_null<A>(grad_importance), scratch.data(), dz + t * s.experts});
       }
@@ -146,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor> norm_topk_bwd(const OptionalTensor& grad_weig
                      [&](const RouterRowBwd<T>& row) {
                        return loops<T>().norm_topk_bwd(row, coef, static_cast<A>(eps));
                      });
-    auto grad_scale = at::empty(scale.sizes(), scale.options());
+    auto grad_scale = alloc_grad_scale(scale);
     *mutable_data<A>(grad_scale) = grad_coef * static_cast<A>(calibration);
     return std::make_tuple(grad_logits, grad_scale);
   });

@@ -15,6 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd/bf16_products.h"
 #include "cpu/simd/loops.h"
+#include "cpu/tensor.h"
 #include "ops/checks.h"
 #include "unipool/nvtx.h"
 
@@ -56,7 +57,7 @@ at::Tensor router_logits(const at::Tensor& x, const at::Tensor& weight) {
   const auto s = check_router_logits(x, weight);
   const auto acc = acc_type(x.scalar_type());
   if (!has_bf16_products(x)) return acc_product(x.to(acc), weight.to(acc).t());
-  auto out = at::empty({s.tokens, s.experts}, x.options().dtype(acc));
+  auto out = alloc_router_logits(s, x);
   logits_of_bf16(s, data<bf16>(x.contiguous()), data<bf16>(weight.contiguous()),
                  mutable_data<float>(out));
   return out;

@@ -9,6 +9,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "cpu/tensor.h"
 
 namespace unipool::cpu {
 

@@ -30,8 +30,8 @@ constexpr int kColumns = 4;             // words that a lane moves at once
 
 // The slots of all layers as one sequence.
 struct Segments {
-  const int32_t* ids[kMaxSegments];
-  int32_t start[kMaxSegments + 1];  // first slot of each segment; then N
+  const int32_t* ids[kPlanSegmentLimit];
+  int32_t start[kPlanSegmentLimit + 1];  // first slot of each segment; then N
   int count;
 };
 
@@ -343,7 +343,8 @@ size_t dispatch_plan_workspace_bytes(int64_t slots, int num_experts) {
 
 cudaError_t launch_dispatch_plan(const DispatchPlanArgs& args, cudaStream_t stream) {
   const int experts = args.num_experts;
-  if (experts < 1 || experts > kExpertLimit || args.segments < 0 || args.segments > kMaxSegments) {
+  if (experts < 1 || experts > kExpertLimit || args.segments < 0 ||
+      args.segments > kPlanSegmentLimit) {
     return cudaErrorInvalidValue;
   }
   Segments segments{};

@@ -14,7 +14,7 @@ namespace {
 
 // The ids of each layer, contiguous; of all layers in one tensor where there are too many.
 std::vector<at::Tensor> segments(at::TensorList experts) {
-  if (experts.size() > kMaxSegments) return {at::cat(experts)};
+  if (experts.size() > kPlanSegmentLimit) return {at::cat(experts)};
   std::vector<at::Tensor> result;
   for (const at::Tensor& layer : experts) result.push_back(layer.contiguous());
   return result;
@@ -51,44 +51,48 @@ std::tuple<at::Tensor, at::Tensor> unpermute_bwd(const at::Tensor& grad_in, cons
   UNIPOOL_NVTX_RANGE("unpermute_bwd");
   const auto grad = grad_in.contiguous(), y = y_in.contiguous(), order = order_in.contiguous();
   const auto inverse = inverse_in.contiguous(), weights = weights_in.contiguous();
-  auto grad_y = at::empty(y.sizes(), y.options());
-  auto grad_weights = at::empty(weights.sizes(), weights.options());
+  const auto out = alloc_unpermute_bwd(s, y, weights);
   scope.run(
       launch_unpermute_bwd,
       UnpermuteBwdArgs{scope.data(grad), scope.data(y), scope.data<int32_t>(order),
                        scope.data<int32_t>(inverse), scope.data<float>(weights),
-                       scope.mutable_data(grad_y), scope.mutable_data<float>(grad_weights),
+                       scope.mutable_data(out.grad_y), scope.mutable_data<float>(out.grad_weights),
                        s.tokens, s.width, static_cast<int>(s.top_k), dtype_of("unpermute_bwd", y)});
-  return {grad_y, grad_weights};
+  return {out.grad_y, out.grad_weights};
 }
-
-}  // namespace
 
 at::Tensor permute(const at::Tensor& x_in, const at::Tensor& order_in, int64_t top_k) {
   const auto s = check_permute(x_in, order_in, top_k);
   LaunchScope scope(x_in);
   UNIPOOL_NVTX_RANGE("permute");
   const auto x = x_in.contiguous(), order = order_in.contiguous();
-  auto y = at::empty({s.rows, s.width}, x.options());
+  auto y = alloc_permute(s, x);
   scope.run(launch_permute,
             PermuteArgs{scope.data(x), scope.data<int32_t>(order), scope.mutable_data(y), s.rows,
                         s.width * static_cast<int64_t>(x.element_size()), static_cast<int>(top_k)});
   return y;
 }
 
-at::Tensor unpermute(const at::Tensor& y_in, const at::Tensor& inverse_in,
-                     const OptionalTensor& weights_in) {
-  const auto s = check_unpermute(y_in, inverse_in, weights_in);
-  LaunchScope scope(y_in);
+at::Tensor unpermute(const at::Tensor& y, const at::Tensor& inverse,
+                     const OptionalTensor& weights) {
+  const auto s = check_unpermute(y, inverse, weights);
   UNIPOOL_NVTX_RANGE("unpermute");
+  auto out = alloc_unpermute(s, y);
+  unpermute_into(out, y, inverse, weights);
+  return out;
+}
+
+}  // namespace
+
+void unpermute_into(const at::Tensor& out, const at::Tensor& y_in, const at::Tensor& inverse_in,
+                    const OptionalTensor& weights_in) {
+  LaunchScope scope(y_in);
   const auto y = y_in.contiguous(), inverse = inverse_in.contiguous();
   const auto weights = contiguous(weights_in);
-  auto out = at::empty({s.tokens, s.width}, y.options());
   scope.run(launch_unpermute,
             UnpermuteArgs{scope.data(y), scope.data<int32_t>(inverse), scope.data<float>(weights),
-                          scope.mutable_data(out), s.tokens, s.width, static_cast<int>(s.top_k),
-                          dtype_of("unpermute", y)});
-  return out;
+                          scope.mutable_data(out), inverse.size(0), y.size(1),
+                          static_cast<int>(inverse.size(1)), dtype_of("unpermute", y)});
 }
 
 }  // namespace unipool::cuda

@@ -9,7 +9,7 @@
 #include "cuda/device/gemm/mainloop.cuh"
 #include "cuda/device/gemm/schedule.cuh"
 #include "cuda/device/gemm/slots.cuh"
-#include "unipool/experts.h"
+#include "unipool/expert_mlp.h"
 
 namespace unipool {
 

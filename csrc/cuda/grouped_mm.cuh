@@ -7,7 +7,7 @@
 #include "cuda/device/gemm/loaders.cuh"
 #include "cuda/device/gemm/mainloop.cuh"
 #include "cuda/device/gemm/schedule.cuh"
-#include "unipool/experts.h"
+#include "unipool/grouped_mm.h"
 
 namespace unipool {
 

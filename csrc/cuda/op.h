@@ -74,8 +74,8 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(t->contiguous()) : std::nullopt;
 }
 
-// The dispatch ops, for those that are composed of them.
-at::Tensor permute(const at::Tensor& x, const at::Tensor& order, int64_t top_k);
-at::Tensor unpermute(const at::Tensor& y, const at::Tensor& inverse, const OptionalTensor& weights);
+// unpermute (dispatch_op.cpp) into memory that is there, for ops that end with it.
+void unpermute_into(const at::Tensor& out, const at::Tensor& y, const at::Tensor& inverse,
+                    const OptionalTensor& weights);
 
 }  // namespace unipool::cuda

@@ -18,7 +18,7 @@ RouterArgs router_args(const char* op, LaunchScope& scope, const RouterShape& s,
   const int experts = static_cast<int>(s.experts);
   return {scope.data(logits),
           scope.data<float>(bias),
-          scope.data<bool>(mask),
+          scope.data<uint8_t>(mask),
           scope.mutable_data<float>(out.weights),
           scope.mutable_data<int32_t>(out.experts),
           scope.mutable_data<int32_t>(out.load),
@@ -39,7 +39,7 @@ RouterBwdArgs router_bwd_args(const char* op, LaunchScope& scope, const RouterSh
           scope.data<float>(grad_importance),
           scope.data(logits),
           scope.data<int32_t>(experts),
-          scope.data<bool>(mask),
+          scope.data<uint8_t>(mask),
           scope.mutable_data(grad_logits),
           scope.workspace(router_bwd_workspace_bytes(s.tokens), logits),
           s.tokens,
@@ -77,8 +77,7 @@ std::tuple<at::Tensor, at::Tensor> norm_topk_bwd(const OptionalTensor& grad_weig
   const auto logits = logits_in.contiguous(), experts = experts_in.contiguous();
   const auto grad_weights = contiguous(grad_weights_in), mask = contiguous(mask_in);
   const auto grad_importance = contiguous(grad_importance_in);
-  auto grad_logits = at::empty(logits.sizes(), logits.options());
-  auto grad_scale = at::empty(scale.sizes(), scale.options());
+  const auto grad_logits = alloc_grad_logits(shape, logits), grad_scale = alloc_grad_scale(scale);
   scope.run(launch_norm_topk_bwd,
             NormTopkBwdArgs{router_bwd_args("norm_topk_bwd", scope, shape, grad_weights,
                                             grad_importance, logits, experts, mask, grad_logits),
@@ -112,7 +111,7 @@ at::Tensor softmax_topk_bwd(const OptionalTensor& grad_weights_in,
   const auto logits = logits_in.contiguous(), experts = experts_in.contiguous();
   const auto grad_weights = contiguous(grad_weights_in), mask = contiguous(mask_in);
   const auto grad_importance = contiguous(grad_importance_in);
-  auto grad_logits = at::empty(logits.sizes(), logits.options());
+  const auto grad_logits = alloc_grad_logits(shape, logits);
   scope.run(launch_softmax_topk_bwd,
             SoftmaxTopkBwdArgs{router_bwd_args("softmax_topk_bwd", scope, shape, grad_weights,
                                                grad_importance, logits, experts, mask, grad_logits),

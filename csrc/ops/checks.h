@@ -13,15 +13,12 @@
 
 namespace unipool {
 
-inline constexpr int64_t kMaxTopK = 16;
-inline constexpr int64_t kMaxExperts = 1024;  // of the CUDA kernels; the CPU has no such limit
-
 using OptionalTensor = std::optional<at::Tensor>;
 
 // float64 for float64 inputs, else float32: the type of sums and of the router's outputs.
 at::ScalarType acc_type(at::ScalarType dtype);
 
-// --- routers
+// --- router_logits
 
 struct LogitsShape {
   int64_t tokens;
@@ -33,6 +30,9 @@ struct LogitsShape {
 LogitsShape check_router_logits(const at::Tensor& x, const at::Tensor& weight);
 LogitsShape check_router_logits_bwd(const at::Tensor& grad, const at::Tensor& x,
                                     const at::Tensor& weight);
+at::Tensor alloc_router_logits(const LogitsShape& shape, const at::Tensor& x);
+
+// --- router
 
 struct RouterShape {
   int64_t tokens;
@@ -61,6 +61,9 @@ RouterShape check_softmax_topk_bwd(const OptionalTensor& grad_weights,
                                    const at::Tensor& experts, bool renormalize,
                                    const OptionalTensor& mask);
 RouterOutputs alloc_router(const RouterShape& shape, const at::Tensor& logits);
+
+at::Tensor alloc_grad_logits(const RouterShape& shape, const at::Tensor& logits);
+at::Tensor alloc_grad_scale(const at::Tensor& scale);
 
 // --- dispatch
 
@@ -94,7 +97,17 @@ PermuteShape check_unpermute_bwd(const at::Tensor& grad, const at::Tensor& y,
                                  const at::Tensor& order, const at::Tensor& inverse,
                                  const at::Tensor& weights);
 
-// --- experts
+struct UnpermuteGrads {
+  at::Tensor grad_y;        // [N, D]
+  at::Tensor grad_weights;  // [T, k] acc
+};
+
+at::Tensor alloc_permute(const PermuteShape& shape, const at::Tensor& x);
+at::Tensor alloc_unpermute(const PermuteShape& shape, const at::Tensor& y);
+UnpermuteGrads alloc_unpermute_bwd(const PermuteShape& shape, const at::Tensor& y,
+                                   const at::Tensor& weights);
+
+// --- grouped_mm
 
 struct GroupedShape {
   int64_t rows;  // N
@@ -106,6 +119,10 @@ struct GroupedShape {
 GroupedShape check_grouped_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& offsets);
 GroupedShape check_grouped_mm_bwd_a(const at::Tensor& grad, const at::Tensor& b,
                                     const at::Tensor& offsets);
+at::Tensor alloc_grouped_mm(const GroupedShape& shape, const at::Tensor& a);
+at::Tensor alloc_grouped_mm_bwd_a(const GroupedShape& shape, const at::Tensor& grad);
+
+// --- grouped_wgrad
 
 struct WgradShape {
   int64_t experts;
@@ -117,8 +134,12 @@ WgradShape check_grouped_wgrad(at::TensorList grad, at::TensorList input, at::Te
                                at::TensorList offsets, int64_t grad_top_k, int64_t input_top_k);
 // The dtype of grouped_wgrad's result: out_dtype, which must be that of grad or its acc type.
 at::ScalarType check_wgrad_dtype(at::TensorList grad, std::optional<at::ScalarType> out_dtype);
-// The tensor that grouped_wgrad_ adds to: [M, n, K] acc, contiguous.
-void check_wgrad_sum(const at::Tensor& sum, const WgradShape& shape, at::TensorList grad);
+// The tensor that grouped_wgrad_ adds to: [M, n, K] acc, contiguous, in memory of its own.
+void check_wgrad_sum(const at::Tensor& sum, const WgradShape& shape, at::TensorList grad,
+                     at::TensorList input, at::TensorList order, at::TensorList offsets);
+at::Tensor alloc_grouped_wgrad(const WgradShape& shape, at::TensorList grad, at::ScalarType dtype);
+
+// --- expert_mlp
 
 struct ExpertShape {
   int64_t tokens;
@@ -138,7 +159,7 @@ ExpertShape check_expert_mlp_bwd(const at::Tensor& grad, const at::Tensor& weigh
                                  const at::Tensor& gate_up, const at::Tensor& down,
                                  const at::Tensor& order, const at::Tensor& inverse,
                                  const at::Tensor& offsets, const at::Tensor& preact);
-// As above; preact, which is to be written, must be contiguous.
+// As above; preact, which is to be written, must be contiguous and in memory of its own.
 ExpertShape check_expert_mlp_bwd_(const at::Tensor& grad, const at::Tensor& weights,
                                   const at::Tensor& gate_up, const at::Tensor& down,
                                   const at::Tensor& order, const at::Tensor& inverse,

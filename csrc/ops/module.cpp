@@ -7,6 +7,7 @@
 #include <string>
 
 #include "unipool/gemm_tiles.h"
+#include "unipool/limits.h"
 
 namespace py = pybind11;
 
@@ -107,12 +108,25 @@ double gemm_tile_rate(const std::string& wanted, int arch) {
   throw py::value_error("gemm_tile_rate: tile must be one of gemm_tiles(), got " + wanted);
 }
 
+py::dict limits() {
+  py::dict all;
+  all["experts"] = unipool::kExpertLimit;
+  all["top_k"] = unipool::kTopKLimit;
+  all["plan_segments"] = unipool::kPlanSegmentLimit;
+  all["wgrad_segments"] = unipool::kWgradSegmentLimit;
+  return all;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about this build of UniPool.";
   m.def("build_info", &build_info,
         "Versions and flags that the op libraries were built with, as a dict of strings.");
+  m.def("limits", &limits,
+        "How far the ops go: experts (M, on CUDA), top_k (of the routers), and the layers that one "
+        "launch takes of a plan (plan_segments) and of a weight gradient (wgrad_segments); more "
+        "layers are taken in several launches.");
   m.def("gemm_tiles", &gemm_tiles,
         "The tiles that the CUDA expert products are compiled for, as a list of dicts; a launch "
         "names a tile by its index. kinds: rows (x W^T), rows_bwd (x W), wgrad; m, n, k: rows, "

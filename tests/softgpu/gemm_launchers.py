@@ -47,7 +47,7 @@ class GroupedWgradArgs(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Segment:
-    """Operands of the rows of one layer; order: see WgradSegment in experts.h."""
+    """Operands of the rows of one layer; order: see WgradSegment in grouped_wgrad.h."""
 
     grad: Tensor
     input: Tensor

@@ -11,7 +11,7 @@ from gemm_launchers import TILES, GemmLaunchers, Segment
 from kernel_library import Lib
 from source_faults import NONE, Fault, Planted, is_found, only_dtype
 
-ROWS, WGRAD = "cuda/grouped_mm.cu", "cuda/wgrad.cu"
+ROWS, WGRAD = "cuda/grouped_mm.cu", "cuda/grouped_wgrad.cu"
 PRODUCT = "cuda/grouped_mm.cuh"
 EPILOGUE, LOADERS, MAINLOOP, SCHEDULE, TILE = (
     f"cuda/device/gemm/{name}.cuh"

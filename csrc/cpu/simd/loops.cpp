@@ -182,7 +182,7 @@ struct Chosen {
 // candidates. Slots for which no candidate is left get id -1. Blocks of keys none of which beats
 // the k-th so far are passed over as vectors.
 template <class A>
-void choose(const A* key, const bool* mask, int64_t experts, int64_t top_k, int32_t* ids) {
+void choose(const A* key, const uint8_t* mask, int64_t experts, int64_t top_k, int32_t* ids) {
   Chosen<A> chosen{top_k, ids};
   int64_t e = 0;
   if (mask == nullptr) {
@@ -285,7 +285,7 @@ void choose_by_score(const RouterRow<T>& row, const acc_t<T>* score, acc_t<T>* k
 
 // The logits as acc, zero where masked.
 template <class T>
-void load_logits(const T* logits, const bool* mask, int64_t experts, acc_t<T>* z) {
+void load_logits(const T* logits, const uint8_t* mask, int64_t experts, acc_t<T>* z) {
   for (int64_t e = 0; e < experts; ++e) z[e] = to_acc(logits[e]);
   if (mask != nullptr) {
     for (int64_t e = 0; e < experts; ++e) z[e] = mask[e] ? acc_t<T>(0) : z[e];
@@ -381,7 +381,7 @@ acc_t<T> norm_topk_bwd(const RouterRowBwd<T>& row, acc_t<T> coef, acc_t<T> eps) 
 
 // p [M] = softmax over the experts that are not masked; all zero if every expert is.
 template <class T>
-void softmax(const T* logits, const bool* mask, int64_t experts, acc_t<T>* p) {
+void softmax(const T* logits, const uint8_t* mask, int64_t experts, acc_t<T>* p) {
   using A = acc_t<T>;
   constexpr A kHidden = -kInfinity<A>;
   bool any = false;

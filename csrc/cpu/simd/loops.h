@@ -32,7 +32,7 @@ struct RouterRow {
   int64_t experts;       // M
   int64_t top_k;         // k
   const acc_t<T>* bias;  // [M] or null
-  const bool* mask;      // [M] or null, true hides an expert
+  const uint8_t* mask;   // [M] or null, what is not 0 hides an expert
   acc_t<T>* scratch;     // [2 * M]
   acc_t<T>* weights;     // [k] out
   int32_t* ids;          // [k] out
@@ -44,7 +44,7 @@ struct RouterRowBwd {
   const T* logits;                  // [M]
   int64_t experts;                  // M
   int64_t top_k;                    // k
-  const bool* mask;                 // [M] or null
+  const uint8_t* mask;              // [M] or null
   const int32_t* ids;               // [k]
   const acc_t<T>* grad_weights;     // [k] or null
   const acc_t<T>* grad_importance;  // [M] or null

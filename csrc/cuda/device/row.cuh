@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/device/vec.cuh"
 #include "cuda/device/warp.cuh"
+#include "unipool/limits.h"
 
 namespace unipool {
 
@@ -57,7 +58,7 @@ __device__ __forceinline__ void store_row(const float (&z)[L::kItems], typename 
 
 // Bit i: item i is an expert that exists and is not masked.
 template <class L>
-__device__ __forceinline__ uint32_t open_items(const bool* mask, int experts, int lane) {
+__device__ __forceinline__ uint32_t open_items(const uint8_t* mask, int experts, int lane) {
   uint32_t open = 0;
 #pragma unroll
   for (int i = 0; i < L::kItems; ++i) {

@@ -5,16 +5,15 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "unipool/limits.h"
 #include "unipool/types.h"
 
 namespace unipool {
 
-constexpr int kMaxSegments = 128;  // of one plan; more are to be concatenated by the caller
-
 // Slots run through the segments (layers) in order. Ids outside [0, M) are dropped.
 struct DispatchPlanArgs {
-  const int32_t* experts[kMaxSegments];  // ids of each segment
-  int32_t slots[kMaxSegments];           // number of ids in each segment
+  const int32_t* experts[kPlanSegmentLimit];  // ids of each segment
+  int32_t slots[kPlanSegmentLimit];           // number of ids in each segment
   int segments;
   int num_experts;
   int32_t* order;    // [N]: slot of each sorted row, -1 past offsets[M]

@@ -6,19 +6,20 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "unipool/limits.h"
 #include "unipool/types.h"
 
 namespace unipool {
 
 struct RouterArgs {
-  const void* logits;  // [T, M] dtype
-  const float* bias;   // [M], added to the scores for the choice only; may be null
-  const bool* mask;    // [M], true hides an expert; may be null
-  float* weights;      // [T, k]
-  int32_t* experts;    // [T, k], -1 where no expert was left
-  int32_t* load;       // [M]
-  float* importance;   // [M]
-  void* workspace;     // router_workspace_bytes
+  const void* logits;   // [T, M] dtype
+  const float* bias;    // [M], added to the scores for the choice only; may be null
+  const uint8_t* mask;  // [M], what is not 0 hides an expert; may be null
+  float* weights;       // [T, k]
+  int32_t* experts;     // [T, k], -1 where no expert was left
+  int32_t* load;        // [M]
+  float* importance;    // [M]
+  void* workspace;      // router_workspace_bytes
   int64_t tokens;
   int num_experts;
   int top_k;
@@ -30,7 +31,7 @@ struct RouterBwdArgs {
   const float* grad_importance;  // [M]; may be null
   const void* logits;            // [T, M] dtype
   const int32_t* experts;        // [T, k]
-  const bool* mask;              // [M]; may be null
+  const uint8_t* mask;           // [M]; may be null
   void* grad_logits;             // [T, M] dtype
   void* workspace;               // router_bwd_workspace_bytes; norm_topk_bwd only
   int64_t tokens;

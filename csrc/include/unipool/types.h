@@ -10,9 +10,7 @@ namespace unipool {
 enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int kWarp = 32;
-constexpr int kExpertLimit = 1024;  // M
-constexpr int kTopKLimit = 16;      // k of the routers; the dispatch kernels take any
-constexpr int kVectorBytes = 16;    // the widest load and store
+constexpr int kVectorBytes = 16;  // the widest load and store
 
 constexpr size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

@@ -4,7 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include "unipool/dispatch.h"
-#include "unipool/experts.h"
+#include "unipool/expert_mlp.h"
+#include "unipool/grouped_mm.h"
+#include "unipool/grouped_wgrad.h"
 #include "unipool/router.h"
 
 #define LAUNCHER(op, Args)                              \

@@ -8,7 +8,7 @@
 #include "cuda/device/gemm/mainloop.cuh"
 #include "cuda/device/gemm/slots.cuh"
 #include "cuda/device/warp.cuh"
-#include "unipool/experts.h"
+#include "unipool/grouped_wgrad.h"
 
 namespace unipool {
 namespace {
@@ -34,7 +34,7 @@ struct MergedPlan {
   static int chunks(int64_t row_bytes) { return int(ceil_div(row_bytes, int64_t(kVectorBytes))); }
   static size_t bytes(int64_t total_rows, int experts, int64_t row_bytes) {
     return sizeof(uint4) * chunks(row_bytes) + sizeof(RowAddresses) * total_rows +
-           sizeof(int32_t) * (size_t(experts) * (1 + kMaxWgradSegments) + 1);
+           sizeof(int32_t) * (size_t(experts) * (1 + kWgradSegmentLimit) + 1);
   }
   MergedPlan(void* workspace, int64_t total_rows, int experts, int64_t row_bytes)
       : zeros(static_cast<uint4*>(workspace)),
@@ -194,7 +194,7 @@ cudaError_t launch_grouped_wgrad(const GroupedWgradArgs& args, cudaStream_t stre
   for (int s = 0; s < args.count; ++s) rows += args.segments[s].rows;
   const bool widened = args.out_dtype == DType::kFloat32;
   if (args.experts < 1 || args.experts > kExpertLimit || args.count < 0 ||
-      args.count > kMaxWgradSegments || rows > INT32_MAX || args.n > INT32_MAX ||
+      args.count > kWgradSegmentLimit || rows > INT32_MAX || args.n > INT32_MAX ||
       args.k > INT32_MAX || (!widened && (args.out_dtype != args.dtype || args.add))) {
     return cudaErrorInvalidValue;
   }

@@ -16,6 +16,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd/loops.h"
 #include "cpu/tasks.h"
+#include "cpu/tensor.h"
 #include "ops/checks.h"
 #include "unipool/nvtx.h"
 
