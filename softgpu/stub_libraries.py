@@ -16,11 +16,17 @@ def read(tool: str, option: str, library: Path) -> str:
     return subprocess.run([tool, option, library], capture_output=True, text=True).stdout
 
 
+def function(name: str) -> str:
+    """Says that its library is of version 0, where torch asks before it chooses; else it stops."""
+    does = "return 0" if name.endswith("Version") else "__builtin_trap()"
+    return f"int {name}(void) {{ {does}; }}"
+
+
 def build(torch: Path, folder: Path) -> list[Path]:
     """Makes them for the torch in a folder (.../site-packages/torch) and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    ready = folder / "ready"
-    if ready.exists() and ready.read_text() == str(torch):
+    ready, made_of = folder / "ready", f"{torch} {Path(__file__).stat().st_mtime_ns}"
+    if ready.exists() and ready.read_text() == made_of:
         return sorted(folder.glob("*.so*"))
     for old in folder.glob("*"):
         old.unlink()
@@ -50,7 +56,7 @@ def build(torch: Path, folder: Path) -> list[Path]:
         if name == wanted[0]:
             symbols = symbols | loose
         source = folder / "stub.c"
-        body = "\n".join(f"int {s}(void) {{ __builtin_trap(); }}" for s in sorted(symbols))
+        body = "\n".join(map(function, sorted(symbols)))
         source.write_text(body + "\n")
         script = folder / "stub.map"
         script.write_text(f"{version.get(name)} {{ global: *; }};\n")
@@ -58,5 +64,5 @@ def build(torch: Path, folder: Path) -> list[Path]:
         if name in version:
             flags.append(f"-Wl,--version-script={script}")
         subprocess.run(["gcc", *flags, source, "-o", folder / name], check=True)
-    ready.write_text(str(torch))
+    ready.write_text(made_of)
     return sorted(folder.glob("*.so*"))
