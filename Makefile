@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo | make test | make bench | make kernels: each makes .venv, installs and builds what is missing, and runs.
+# make gpu-test does so in .venv-gpu, whose torch has CUDA.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 TESTS ?= tests
+GPU_VENV := .venv-gpu
+GPU_BIN := $(GPU_VENV)/bin
+GPU_PIP := $(GPU_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-gpu.txt
 MAX_SPILL ?= 0
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench kernels format format-check doctor clean
+.PHONY: help demo test gpu-test bench kernels format format-check doctor clean
 
 help:
 	@echo "make demo          train and compare three small models (10 minutes on 2 cores)"
-	@echo "make test          run the test suite"
+	@echo "make test          run the test suite on the CPU"
+	@echo "make gpu-test      run what is of CUDA on a software GPU (no GPU needed)"
 	@echo "make bench         time the ops against PyTorch's own operations"
-	@echo "make kernels       compile the CUDA kernels, list and check what they take (needs nvcc)"
+	@echo "make kernels       compile the CUDA kernels, list and check what they take"
 	@echo "make doctor        say what is installed, loaded and working"
 	@echo "make format        format all sources; make format-check only looks"
 
@@ -23,9 +28,37 @@ demo: $(VENV)/built
 	@$(BIN)/unipool demo $(ARGS)
 
 test: $(VENV)/built
-	@echo "building the CUDA kernels for the CPU, to test them"
-	@$(BIN)/python emulation/build.py fast >/dev/null || true
-	@$(BIN)/python -m pytest -n $(JOBS) -o faulthandler_exit_on_timeout=true $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -o faulthandler_exit_on_timeout=true \
+	  --ignore=tests/emulation $(TESTS) $(ARGS)
+
+# nvcc of the machine, else of PyPI: into build/, as NVIDIA's packages would make of .venv-gpu an
+# environment that takes a GPU.
+ifeq ($(shell command -v nvcc),)
+NVCC := build/nvcc/installed
+export PATH := $(CURDIR)/build/nvcc/packages/nvidia/cu13/bin:$(PATH)
+endif
+
+gpu-test: $(GPU_VENV)/installed $(NVCC)
+	@$(GPU_BIN)/python softgpu/build.py
+	@PATH="$(CURDIR)/$(GPU_BIN):$$PATH" $(MAKE) --no-print-directory gpu-library
+	@UNIPOOL_LIBRARY_DIR=$(CURDIR)/build/gpu-test/package/lib SOFTGPU_SMS=8 \
+	  $(GPU_BIN)/python -m pytest -n $(JOBS) -o faulthandler_exit_on_timeout=true \
+	  -k "cuda or softgpu" --ignore=tests/emulation $(TESTS) $(ARGS)
+
+# The op library for the torch of .venv-gpu, with the kernels that make kernels compiled or will.
+.PHONY: gpu-library
+gpu-library:
+	@test -e build/kernels/build.ninja || cmake -S . -B build/kernels -GNinja --log-level=NOTICE \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(GPU_BIN)/python -DUNIPOOL_CUDA=KERNELS
+	@echo "building the op library with its CUDA kernels (minutes the first time)"
+	@cmake --build build/kernels --target unipool_kernels_archive --parallel $(JOBS) \
+	  > build/kernels/archive.txt 2>&1 || { cat build/kernels/archive.txt; exit 1; }
+	@cmake -S . -B build/gpu-test -GNinja --log-level=NOTICE -DUNIPOOL_CUDA=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(GPU_BIN)/python \
+	  -DUNIPOOL_KERNELS=$(CURDIR)/build/kernels/libunipool_kernels.a
+	@cmake --build build/gpu-test --parallel $(JOBS) > build/gpu-test/log.txt 2>&1 \
+	  || { cat build/gpu-test/log.txt; exit 1; }
+	@cmake --install build/gpu-test --prefix build/gpu-test/package > build/gpu-test/install.txt
 
 bench: $(VENV)/built
 	@$(BIN)/python bench/bench_ops.py $(ARGS)
@@ -42,11 +75,14 @@ format-check: $(VENV)/installed
 	@git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean:
-	rm -rf build $(VENV) unipool/lib unipool/_C*.so *.egg-info
+	rm -rf build $(VENV) $(GPU_VENV) unipool/lib unipool/_C*.so *.egg-info
 
-$(VENV)/installed: pyproject.toml constraints.txt
+.PHONY: python
+python:
 	@command -v $(PYTHON) >/dev/null || { echo "unipool: $(PYTHON) not found: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "unipool: $(PYTHON) is older than 3.10: say make PYTHON=python3.11"; exit 1; }
+
+$(VENV)/installed: pyproject.toml constraints.txt | python
 	@test -x $(BIN)/python || { echo "[1/3] making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "[2/3] installing PyTorch and the libraries (minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
@@ -54,6 +90,28 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  'transformers>=5.17' accelerate 'typer>=0.19' rich matplotlib safetensors 'lm-eval>=0.4.13' \
 	  pytest pytest-xdist hypothesis psutil ruff clang-format nvtx
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass
+	@touch $@
+
+# torch comes without what it asks for, which are NVIDIA's libraries but for what it imports;
+# accelerate, too, since it asks for torch.
+$(GPU_VENV)/installed: constraints-gpu.txt | python
+	@test -x $(GPU_BIN)/python || { echo "making $(GPU_VENV)"; $(PYTHON) -m venv $(GPU_VENV); }
+	@echo "installing PyTorch with CUDA (a wheel of 0.5 GB the first time)"
+	@$(GPU_PIP) setuptools filelock typing-extensions sympy networkx jinja2 fsspec cmake ninja pybind11 \
+	  numpy transformers typer rich matplotlib safetensors pytest pytest-xdist hypothesis psutil nvtx
+	@$(GPU_PIP) --no-deps torch 2> $(GPU_VENV)/log.txt || { \
+	  echo "unipool: make gpu-test cannot install its torch: $$(grep -m1 ^ERROR $(GPU_VENV)/log.txt)"; exit 1; }
+	@$(GPU_PIP) --no-deps accelerate nvidia-cutlass
+	@touch $@
+
+build/nvcc/installed: constraints-gpu.txt | python
+	@echo "installing nvcc"
+	@rm -rf build/nvcc && $(PYTHON) -m venv build/nvcc/venv
+	@build/nvcc/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-gpu.txt \
+	  --no-deps --target build/nvcc/packages nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
+	  nvidia-cuda-cccl nvidia-cuda-runtime nvidia-nvtx 2> build/nvcc/log.txt || { \
+	  echo "unipool: there is no nvcc, and none can be installed: $$(grep -m1 ^ERROR build/nvcc/log.txt)"; exit 1; }
+	@ln -s lib build/nvcc/packages/nvidia/cu13/lib64  # where nvcc looks
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
@@ -64,8 +122,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 
 # Compiles every CUDA file, with or without a CUDA torch, and links nothing. The objects, in
 # build/kernels, are those of the op library.
-kernels: $(VENV)/installed
-	@command -v nvcc >/dev/null || { echo "unipool: make kernels needs nvcc: install the CUDA toolkit"; exit 1; }
+kernels: $(VENV)/installed $(NVCC)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/kernels -GNinja --log-level=NOTICE \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DUNIPOOL_CUDA=KERNELS
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/kernels --target unipool_kernels unipool_cuda --clean-first \

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backends and dtypes: a test that asks for `backend` (or `device`) runs once on each backend that
 this machine has; one that asks for `dtype` too, once for each dtype of the backend. Ids read
-`ragged-bf16-cpu`."""
+`ragged-bf16-cpu`. `cuda` is a GPU or the software one (softgpu/README.md)."""
 
 import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import emulated
+import devices
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unipool.nn import pool_pass
-from unipool.ops import dispatch, experts, router
+import unipool  # noqa: F401  (loads the ops)
 
 DTYPE_NAMES = {
     torch.float32: "f32",
@@ -27,39 +28,34 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of the ops: where its tensors live and the torch.ops namespace it is in."""
+    """An implementation of the ops, named after the device that its tensors are on."""
 
     name: str
-    device: str
-    namespace: str
     dtypes: tuple[torch.dtype, ...]
 
     @property
     def raw(self) -> object:
-        return getattr(torch.ops, self.namespace)
+        return torch.ops.unipool
 
 
-BACKENDS = [Backend("cpu", "cpu", "unipool", (torch.float32, torch.float64, torch.bfloat16))]
-EMULATED = emulated.load()
-if EMULATED:
-    half = (torch.float32, torch.bfloat16, torch.float16)
-    BACKENDS.append(Backend("emulated", "cpu", EMULATED, half))
+BACKENDS = [Backend("cpu", (torch.float32, torch.float64, torch.bfloat16))]
 if torch.cuda.is_available():
-    half = (torch.float32, torch.bfloat16, torch.float16)
-    BACKENDS.append(Backend("cuda", "cuda", "unipool", half))
+    BACKENDS.append(Backend("cuda", (torch.float32, torch.bfloat16, torch.float16)))
 
 
 @pytest.hookimpl(trylast=True)  # after the marks, so that the backend ends the id
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
+    once = metafunc.definition.get_closest_marker("any_device")
+    backends = BACKENDS[:1] if once else BACKENDS
     if "dtype" not in metafunc.fixturenames:
-        metafunc.parametrize("backend", BACKENDS, ids=lambda b: b.name, indirect=True)
+        metafunc.parametrize("backend", backends, ids=lambda b: b.name, indirect=True)
         return
     metafunc.parametrize(
         ("dtype", "backend"),
-        [(dtype, backend) for backend in BACKENDS for dtype in backend.dtypes],
-        ids=[f"{DTYPE_NAMES[dtype]}-{b.name}" for b in BACKENDS for dtype in b.dtypes],
+        [(dtype, backend) for backend in backends for dtype in backend.dtypes],
+        ids=[f"{DTYPE_NAMES[dtype]}-{b.name}" for b in backends for dtype in b.dtypes],
         indirect=["backend"],
     )
 
@@ -105,18 +101,26 @@ def small_scale(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 
 @pytest.fixture
-def backend(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None
-) -> Backend:
-    chosen = request.param
-    for module in (router, dispatch, experts, pool_pass):
-        monkeypatch.setattr(module, "_ops", chosen.raw)
-    return chosen
+def backend(request: pytest.FixtureRequest, one_thread: None) -> Iterator[Backend]:
+    with on_device(torch.device(request.param.name)):
+        yield request.param
 
 
 @pytest.fixture
 def device(backend: Backend) -> torch.device:
-    return torch.device(backend.device)
+    return torch.device(backend.name)
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Attention is the plain kind there: the fused ones of a GPU add up gradients in any order, and
+    many tests ask two equal steps for equal bits."""
+    devices.select(device)
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        devices.select(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 
+import devices
 import torch
 from torch import Tensor
 
@@ -36,15 +37,16 @@ FORMS = {
 
 
 def make_model(**options) -> UniPoolForCausalLM:
-    """Of SHAPE but for `options`; equal options mean equal weights."""
+    """Of SHAPE but for `options`; equal options mean equal weights, on whatever device."""
     torch.manual_seed(0)
-    return UniPoolForCausalLM(UniPoolConfig(**(SHAPE | options)))
+    return UniPoolForCausalLM(UniPoolConfig(**(SHAPE | options))).to(devices.current())
 
 
 def make_ids(*shape: int, seed: int = 1) -> Tensor:
     """0 is left to padding, which generation tells from the prompt by its id."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, SHAPE["vocab_size"], shape or (3, 11), generator=generator)
+    ids = torch.randint(1, SHAPE["vocab_size"], shape or (3, 11), generator=generator)
+    return ids.to(devices.current())
 
 
 def states(model: UniPoolForCausalLM) -> list[Tensor]:

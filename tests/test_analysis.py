@@ -8,6 +8,7 @@ import re
 import shutil
 from itertools import product
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -72,7 +73,7 @@ def hugging_face(family):
         for name, parameter in model.named_parameters():
             if name.endswith("gate.weight"):
                 parameter.normal_()
-    return model.eval()
+    return model.to(devices.current()).eval()
 
 
 def dense(**sizes):
@@ -216,17 +217,17 @@ def test_weight_similarity(monkeypatch):
         ("recurrent", {"num_experts_per_tok": 2}),
     ],
 )
-def test_our_routings_are_collected(router, options):
+def test_our_routings_are_collected(router, options, device):
     config = preset("tiny", router=router, num_hidden_layers=3, initializer_range=0.5, **options)
-    model = UniPoolForCausalLM(config).eval()
-    batches = [torch.randint(256, (2, 16)), torch.randint(256, (1, 16))]
+    model = UniPoolForCausalLM(config).to(device).eval()
+    batches = [torch.randint(256, shape, device=device) for shape in ((2, 16), (1, 16))]
     layers = routed_layers(model)
     found = collect(model, layers, batches)
     with torch.no_grad():
         outputs = [model(input_ids=ids, use_cache=False) for ids in batches]
     for index in range(3):
         expected = torch.cat([output.routings[index].experts for output in outputs])
-        assert torch.equal(found.experts[index], expected)
+        assert torch.equal(found.experts[index].cpu(), expected.cpu())
         assert 0 < found.gate_entropy[index] < 4
     assert not any(layer.router._forward_hooks for layer in layers)
 
@@ -245,9 +246,9 @@ def test_gate_entropy_of_a_norm_router_leaves_silent_tokens_out():
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen"])
-def test_hugging_face_routings_are_collected(family):
+def test_hugging_face_routings_are_collected(family, device):
     model = hugging_face(family)
-    ids = torch.randint(320, (2, 16))
+    ids = torch.randint(320, (2, 16), device=device)
     layers = routed_layers(model)
     assert [layer.index for layer in layers] == ([0, 2] if family == "qwen" else [0, 1, 2])
     assert {(layer.num_experts, layer.top_k) for layer in layers} == {(6, 2)}
@@ -257,8 +258,8 @@ def test_hugging_face_routings_are_collected(family):
         output = model(input_ids=ids, output_router_logits=True, use_cache=False)
     logits = [entry for entry in output.router_logits if entry is not None]
     for position in range(len(layers)):
-        gates = torch.softmax(logits[position].double(), dim=1)
-        assert torch.equal(found.experts[position].long(), gates.topk(2, dim=1).indices)
+        gates = torch.softmax(logits[position].double().cpu(), dim=1)
+        assert torch.equal(found.experts[position].long().cpu(), gates.topk(2, dim=1).indices)
         mean = sum(plain_entropy(row) for row in gates.tolist()) / len(gates)
         assert found.gate_entropy[position] == pytest.approx(mean, abs=1e-5)
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss.item()
@@ -292,16 +293,16 @@ def test_a_router_with_another_rule_is_refused():
 # --- summary and report
 
 
-def test_analysis_of_a_shared_pool_adds_up():
+def test_analysis_of_a_shared_pool_adds_up(device):
     torch.manual_seed(0)
     config = preset("tiny", num_hidden_layers=4, num_pools=2, num_experts=6, initializer_range=0.5)
-    model = UniPoolForCausalLM(config).eval()
+    model = UniPoolForCausalLM(config).to(device).eval()
     with torch.no_grad():
         model.model.layers[1].router.scale.fill_(1.5)
-    ids = torch.randint(256, (2, 32))
+    ids = torch.randint(256, (2, 32), device=device)
     found = analyze(model, [ids])
     with torch.no_grad():
-        load = model(input_ids=ids).load
+        load = model(input_ids=ids).load.cpu()
     assert found.arrays["load"].tolist() == load.tolist()
     assert [row["scale"] for row in found.numbers["layers"]] == [1.0, 1.5, 1.0, 1.0]
     assert [row["layers"] for row in found.numbers["pools"]] == [[0, 1], [2, 3]]
@@ -316,7 +317,7 @@ def test_analysis_of_a_shared_pool_adds_up():
         assert row["dead_experts"] == [e for e, n in enumerate(counts) if n == 0]
     pool = model.model.pools[1]
     similarity = metrics.weight_similarity(pool.gate_up_proj, pool.down_proj)
-    np.testing.assert_allclose(found.arrays["similarity_1"], similarity)
+    np.testing.assert_allclose(found.arrays["similarity_1"], similarity.cpu())
     assert np.isfinite(found.arrays["jaccard"]).sum() == 4  # two pairs of layers, each way
     chosen = collect(model, routed_layers(model), [ids]).chosen
     information = plain_information(chosen[1], chosen[3])
@@ -325,13 +326,13 @@ def test_analysis_of_a_shared_pool_adds_up():
     json.dumps(found.numbers, allow_nan=False)
 
 
-def test_layers_that_see_a_part_of_the_pool():
+def test_layers_that_see_a_part_of_the_pool(device):
     """Their routers count from zero; the analysis speaks of the pool's ids."""
     seen = [[0, 2, 4], [5, 1, 2], [4, 5]]
     config = preset("tiny", num_hidden_layers=3, num_experts=6, layer_experts=seen)
     config.initializer_range = 0.5
-    model = UniPoolForCausalLM(config).eval()
-    ids = torch.randint(256, (2, 32))
+    model = UniPoolForCausalLM(config).to(device).eval()
+    ids = torch.randint(256, (2, 32), device=device)
     found = analyze(model, [ids])
     with torch.no_grad():
         load = model(input_ids=ids).load
@@ -347,7 +348,8 @@ def test_layers_that_see_a_part_of_the_pool():
 
 
 def command(capsys, *arguments, code=0):
-    assert cli.main(list(map(str, arguments))) == code
+    arguments = [*map(str, arguments), "--device", devices.current().type]
+    assert cli.main(arguments) == code
     captured = capsys.readouterr()
     if code:
         assert captured.err.count("\n") == 1, captured.err
@@ -355,7 +357,7 @@ def command(capsys, *arguments, code=0):
     return captured.out
 
 
-def test_analyze_a_run(tmp_path, capsys, run):
+def test_analyze_a_run(tmp_path, capsys, run, device):
     output = command(capsys, "analyze", run, "--out", tmp_path / "a", "--tokens", "600")
     assert f"report: {tmp_path / 'a' / 'report.html'}" in output
     files = {path.name for path in (tmp_path / "a").iterdir()}
@@ -381,7 +383,7 @@ def test_analyze_a_run(tmp_path, capsys, run):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
-def test_analyze_a_hugging_face_folder(tmp_path, capsys, text, family):
+def test_analyze_a_hugging_face_folder(tmp_path, capsys, text, family, device):
     model = hugging_face(family)
     model.save_pretrained(tmp_path / "model")
     ByteTokenizer().hugging_face().save_pretrained(tmp_path / "model")

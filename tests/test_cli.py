@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import PUBLIC_OPS
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("small_scale")
 
 SMALL = [
     *("--d-model", "32", "--d-ff", "32", "--layers", "2", "--heads", "2", "--pool-size", "4"),
-    *("--seq-len", "32", "--batch-size", "4", "--eval-tokens", "256", "--device", "cpu"),
+    *("--seq-len", "32", "--batch-size", "4", "--eval-tokens", "256"),
 ]
 
 
@@ -97,9 +98,10 @@ def test_unwritable_folder(tmp_path, capsys, text):
     assert "--out" in errors(capsys, "train", *SMALL, "--data", str(text), "--out", out)
 
 
-def test_train_then_generate(tmp_path, capsys, text):
-    out = tmp_path / "run"
-    arguments = ["train", *SMALL, "--data", str(text), "--out", str(out), "--steps", "3"]
+def test_train_then_generate(tmp_path, capsys, text, device):
+    out, on_device = tmp_path / "run", ["--device", device.type]
+    arguments = ["train", *SMALL, *on_device, "--data", str(text), "--out", str(out)]
+    arguments += ["--steps", "3"]
     arguments += ["--lr", "1e-3", "--form", "vanilla", "--top-k", "2", "--log-every", "1"]
     assert cli.main(arguments) == 0
     assert f"model: {out / 'model'}" in capsys.readouterr().out.replace("\n", "")
@@ -117,26 +119,27 @@ def test_train_then_generate(tmp_path, capsys, text):
     assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 4
     capsys.readouterr()
 
-    generate = ["generate", str(out), "--prompt", "12 green", "--max-new-tokens", "8"]
+    generate = ["generate", str(out), "--prompt", "12 green", "--max-new-tokens", "8", *on_device]
     assert cli.main(generate) == 0
     assert capsys.readouterr().out.startswith("12 green")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, text, number):
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, text, number, device):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "unipool.cli", "train", *SMALL, "--data", str(text)]
+    command += ["--device", device.type]
     command += ["--steps", "100000", "--out", str(out), "--save-every", "0", "--eval-every", "0"]
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not read_metrics(out / "metrics.jsonl"):
         assert child.poll() is None, child.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(number)
-    output, error = child.communicate(timeout=60)
+    output, error = child.communicate(timeout=600)
     assert child.returncode == 128 + number
     assert "Traceback" not in error
     saved = latest_checkpoint(out / "checkpoints")
@@ -146,6 +149,13 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, text, numb
     assert resume[:3] == ["train", "--resume", "--out"]
     assert cli.main([*resume, "--steps", str(step + 1)]) == 0
     assert (out / "model" / "model.safetensors").is_file()
+
+
+def test_the_doctor_finds_that_every_op_works(capsys, device):
+    cli.main(["doctor", "--json"])  # its code is also of what is installed
+    found = json.loads(capsys.readouterr().out)["self_test"]
+    here = {entry["op"]: entry["ok"] for entry in found if entry["device"] == device.type}
+    assert here == dict.fromkeys(PUBLIC_OPS, True), found
 
 
 def test_importing_unipool_loads_no_extra():

@@ -6,6 +6,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import devices
 import small_models
 from small_models import make_ids
 from transformers import (
@@ -26,6 +27,8 @@ from unipool.models.convert import (
 )
 from unipool.models.resize import expert_mask, set_layer_experts
 from unipool.nn.router import norm_router_calibration
+
+pytestmark = pytest.mark.usefixtures("device")
 
 SOURCES = {
     "softmax": {"router": "softmax", "balance": "layer", "balance_delay": 0},
@@ -61,7 +64,7 @@ def make_model(**options) -> UniPoolForCausalLM:
 
 def make_mixtral(**options) -> MixtralForCausalLM:
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**(MIXTRAL | options))).eval()
+    return MixtralForCausalLM(MixtralConfig(**(MIXTRAL | options))).to(devices.current()).eval()
 
 
 def logits(model) -> torch.Tensor:
@@ -123,6 +126,7 @@ def test_loads_are_those_of_the_pool_and_masks_say_what_is_hidden():
     assert mask.sum(0).tolist() == [3] * 24
 
 
+@pytest.mark.any_device
 def test_the_calibration_is_that_of_what_a_layer_sees():
     shared = to_shared(make_model())
     assert {layer.router.calibration for layer in shared.model.layers} == {
@@ -139,7 +143,7 @@ def test_what_layers_see_is_saved(tmp_path, source):
     shared = to_shared(make_model(**SOURCES[source]))
     expected = logits(shared)
     shared.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(devices.current())
     assert loaded.config.layer_experts == [list(range(6 * i, 6 * i + 6)) for i in range(4)]
     assert torch.equal(logits(loaded), expected)
     assert_equal_states(loaded, shared)
@@ -287,6 +291,7 @@ def test_mixtral_gradients_agree():
 # --- refusals ---
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -328,6 +333,7 @@ def test_what_cannot_be_is_one_clear_line(call, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.any_device
 def test_unequal_layers_cannot_be_private():
     model = make_model(num_pools=1)
     set_layer_experts(model, [[0, 1], [2, 3, 4], [0, 1], [0, 1]])
@@ -346,6 +352,7 @@ def run_cli(capsys, *arguments):
     return code, captured.out, captured.err
 
 
+@pytest.mark.any_device
 def test_command_converts_there_and_back(tmp_path, capsys):
     pytest.importorskip("typer")
     make_mixtral().save_pretrained(tmp_path / "mixtral")
@@ -365,6 +372,7 @@ def test_command_converts_there_and_back(tmp_path, capsys):
     assert torch.equal(logits(back), logits(make_mixtral()))
 
 
+@pytest.mark.any_device
 def test_command_refuses_in_one_line(tmp_path, capsys):
     pytest.importorskip("typer")
     make_model(num_pools=1).save_pretrained(tmp_path / "one")

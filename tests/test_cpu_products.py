@@ -123,7 +123,7 @@ def test_every_instruction_set(isa: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [*command, __file__, "-k", "not instruction_set"],
-        env={**os.environ, "UNIPOOL_CPU_ISA": isa, "UNIPOOL_EMULATION": "off"},
+        env={**os.environ, "UNIPOOL_CPU_ISA": isa},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import cases
+import devices
 import pytest
 import torch
 from tolerance import check_results
@@ -24,7 +25,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa:
 import unipool.integrations.transformers as integration  # noqa: E402
 from unipool.ops import experts as experts_module  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("device")
 
 SHAPE = {
     "vocab_size": 64,
@@ -60,11 +61,12 @@ def make_model(name, implementation="unipool", layers=2, dtype=torch.float32) ->
         **SHAPE, **options, num_hidden_layers=layers, experts_implementation=implementation
     )
     torch.manual_seed(0)
-    return getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype)
+    return getattr(transformers, f"{prefix}ForCausalLM")(config).to(devices.current(), dtype)
 
 
 def make_ids(*shape) -> torch.Tensor:
-    return torch.randint(SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+    return ids.to(devices.current())
 
 
 def step(model, implementation, autocast=None, balance=True) -> dict[str, torch.Tensor]:
@@ -72,7 +74,7 @@ def step(model, implementation, autocast=None, balance=True) -> dict[str, torch.
     model.set_experts_implementation(implementation)
     model.zero_grad()
     ids = make_ids(2, 24)
-    with torch.autocast("cpu", autocast) if autocast else nullcontext():
+    with torch.autocast(devices.current().type, autocast) if autocast else nullcontext():
         output = model(ids, labels=ids, output_router_logits=balance, use_cache=False)
     output.loss.backward()
     assert not balance or output.aux_loss > 0
@@ -154,6 +156,7 @@ def test_from_pretrained_and_the_models_own_weights(name, calls, tmp_path):
     model.save_pretrained(tmp_path)
     auto = transformers.AutoModelForCausalLM
     loaded = auto.from_pretrained(tmp_path, experts_implementation="unipool").eval()
+    loaded = loaded.to(devices.current())
     ids = make_ids(2, 9)
     with torch.no_grad():
         got, want = loaded(ids).logits, model(ids).logits
@@ -178,14 +181,17 @@ def make_experts(case, inputs=None) -> nn.Module:
     if inputs is not None:
         module.gate_up_proj = nn.Parameter(inputs["gate_up"].clone())
         module.down_proj = nn.Parameter(inputs["down"].clone())
-    return module
+    return module.to(devices.current())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def expert_inputs(case, dtype) -> dict[str, torch.Tensor]:
+    return cases.to_device(cases.EXPERT_MLP.inputs(case, dtype), devices.current())
+
+
 @pytest.mark.parametrize("case_name", ["empty", "ragged", "ties", "dropped"])
 def test_experts_against_the_oracle(case_name, dtype):
     case, spec = cases.BY_NAME[case_name], cases.EXPERT_MLP
-    inputs = spec.inputs(case, dtype)
+    inputs = expert_inputs(case, dtype)
     module = make_experts(case, inputs)
     x, weights = (inputs[n].clone().requires_grad_() for n in ("x", "weights"))
     y = module(x, inputs["experts"].long(), weights)
@@ -198,7 +204,7 @@ def test_experts_against_the_oracle(case_name, dtype):
 
 def test_tokens_of_another_dtype_are_cast_to_that_of_the_weights():
     case = cases.BY_NAME["ties"]
-    inputs = cases.EXPERT_MLP.inputs(case, torch.bfloat16)
+    inputs = expert_inputs(case, torch.bfloat16)
     module = make_experts(case, inputs)
     routing = inputs["experts"], inputs["weights"]
     with torch.no_grad():
@@ -209,7 +215,7 @@ def test_tokens_of_another_dtype_are_cast_to_that_of_the_weights():
 
 def test_compile_without_graph_breaks():
     case = cases.BY_NAME["ties"]
-    inputs = cases.EXPERT_MLP.inputs(case, torch.float32)
+    inputs = expert_inputs(case, torch.float32)
     module = make_experts(case, inputs)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     results = []
@@ -224,6 +230,7 @@ def test_compile_without_graph_breaks():
 # --- bad input
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize(
     ("attributes", "says"),
     [
@@ -251,12 +258,14 @@ def test_another_layout_is_refused(attributes, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.any_device
 def test_quantized_weights_are_refused():
     module = make_experts(cases.BY_NAME["one_token"])
     module.gate_up_proj = nn.Parameter(module.gate_up_proj.to(torch.int8), requires_grad=False)
     assert integration.unsupported(module) == ["weights of torch.int8"]
 
 
+@pytest.mark.any_device
 def test_a_whole_model_of_another_layout_is_refused():
     config = transformers.GptOssConfig(
         hidden_size=32,
@@ -274,6 +283,7 @@ def test_a_whole_model_of_another_layout_is_refused():
         transformers.GptOssForCausalLM(config)(make_ids(1, 4))
 
 
+@pytest.mark.any_device
 def test_the_package_imports_no_library_and_says_what_is_missing():
     code = (
         "import sys, unipool, unipool.integrations\n"

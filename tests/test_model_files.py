@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import devices
 import pytest
 import torch
 from small_models import (
@@ -27,6 +28,12 @@ from unipool.models import (
     preset,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def load(path, kind=UniPoolForCausalLM, **options):
+    return kind.from_pretrained(path, **options).to(devices.current())
+
 
 def trained(**overrides) -> UniPoolForCausalLM:
     model = make_model(**overrides).train()
@@ -47,6 +54,7 @@ def test_saved_model_is_one_copy_and_loads_bit_equal(tmp_path, form, shard):
     files = list(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (shard == "50KB")
     loaded, info = UniPoolForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded = loaded.to(devices.current())
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     expected, actual = model.state_dict(), loaded.state_dict()
@@ -64,6 +72,7 @@ def test_saved_model_is_one_copy_and_loads_bit_equal(tmp_path, form, shard):
     assert torch.equal(loaded(ids, labels=ids).loss, model(ids, labels=ids).loss)
 
 
+@pytest.mark.any_device
 def test_bytes_on_disk_stay_within_a_hundredth_of_the_parameters(tmp_path):
     model = UniPoolForCausalLM(preset("tiny"))
     model.save_pretrained(tmp_path)
@@ -79,34 +88,34 @@ def test_auto_classes_load_in_a_fresh_process(tmp_path):
         "import json, sys, torch, unipool.models\n"
         "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM\n"
         "path, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))\n"
-        "model = AutoModelForCausalLM.from_pretrained(path)\n"
+        "model = AutoModelForCausalLM.from_pretrained(path).to(sys.argv[3])\n"
         "names = [type(model), type(AutoModel.from_pretrained(path)), type(model.config)]\n"
         "assert type(AutoConfig.from_pretrained(path)) is type(model.config)\n"
         "with torch.no_grad():\n"
-        "    logits = model(ids).logits\n"
+        "    logits = model(ids.to(model.device)).logits\n"
         "print(json.dumps([[n.__name__ for n in names], logits.flatten().tolist()]))\n"
     )
     ids = make_ids(1, 4)
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), json.dumps(ids.tolist())],
+        [sys.executable, "-c", program, str(tmp_path), json.dumps(ids.tolist()), str(ids.device)],
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     names, logits = json.loads(result.stdout.splitlines()[-1])
     assert names == ["UniPoolForCausalLM", "UniPoolModel", "UniPoolConfig"]
     with torch.no_grad():
-        expected = model(ids).logits.flatten()
+        expected = model(ids).logits.flatten().cpu()
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_backbone_loads_from_the_saved_language_model(tmp_path):
     model = trained().eval()
     model.save_pretrained(tmp_path)
-    backbone = UniPoolModel.from_pretrained(tmp_path).eval()
+    backbone = load(tmp_path, UniPoolModel).eval()
     ids = make_ids(2, 5)
     expected = model(ids, output_hidden_states=True).hidden_states[-1]
     assert torch.equal(backbone(ids).last_hidden_state, expected)
@@ -115,7 +124,7 @@ def test_backbone_loads_from_the_saved_language_model(tmp_path):
 def test_tied_embeddings_are_saved_once(tmp_path):
     model = trained(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load(tmp_path, AutoModelForCausalLM)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -125,7 +134,7 @@ def test_tied_embeddings_are_saved_once(tmp_path):
 def test_bfloat16_keeps_router_scale_and_balance_state_in_float32(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path)
-    loaded = UniPoolForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
+    loaded = load(tmp_path, dtype=torch.bfloat16).train()
     wide = {n for n, t in loaded.state_dict().items() if t.dtype == torch.float32}
     assert wide == {n for n in loaded.state_dict() if "router.scale" in n or "balancers" in n}
     assert_all_equal(states(loaded), states(model))
@@ -141,8 +150,8 @@ def test_dtype_conversions_keep_the_model_working():
     model = trained()
     ids = make_ids(2, 6)
     expected = model(ids, labels=ids).lm_loss
-    for convert in (model.bfloat16, model.float, model.double):
-        convert()
+    for dtype in (torch.bfloat16, torch.float32, devices.widest_float()):
+        model.to(dtype)
         model.zero_grad()
         output = model(ids, labels=ids)
         assert abs(output.lm_loss - expected) < 0.05 * expected
@@ -150,6 +159,7 @@ def test_dtype_conversions_keep_the_model_working():
         assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
 
 
+@pytest.mark.any_device
 def test_initialization_has_the_configured_spread():
     model = UniPoolForCausalLM(preset("tiny", initializer_range=0.03))
     for name, parameter in model.named_parameters():
@@ -164,6 +174,7 @@ def test_initialization_has_the_configured_spread():
 # --- configuration ---
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -214,6 +225,7 @@ def test_impossible_configuration_is_one_clear_line(values, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.any_device
 def test_configuration_changed_afterwards_is_checked_again(tmp_path):
     config = UniPoolConfig(**SHAPE)
     config.num_pools = 9
@@ -223,6 +235,7 @@ def test_configuration_changed_afterwards_is_checked_again(tmp_path):
         config.save_pretrained(tmp_path)
 
 
+@pytest.mark.any_device
 def test_configuration_survives_the_file(tmp_path):
     config = UniPoolConfig(**(SHAPE | VANILLA), rope_theta=5e4)
     config.save_pretrained(tmp_path)

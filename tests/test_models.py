@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniPoolForCausalLM: numerics against plain PyTorch, balance state, training."""
 
+import devices
 import pytest
 import torch
 from small_models import FORMS, VANILLA, assert_all_equal, make_ids, make_model, states
@@ -12,12 +13,7 @@ from unipool.models import (
     modeling_unipool,
 )
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return torch.device(request.param)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -102,9 +98,8 @@ class PlainMoE(nn.Module):
 
 
 @pytest.mark.parametrize(("top_k", "renormalize"), [(1, False), (2, False), (2, True)])
-def test_vanilla_form_is_a_softmax_moe(device, top_k, renormalize):
-    model = make_model(**VANILLA, num_experts_per_tok=top_k, norm_topk_prob=renormalize)
-    model = model.to(device).train()
+def test_vanilla_form_is_a_softmax_moe(top_k, renormalize):
+    model = make_model(**VANILLA, num_experts_per_tok=top_k, norm_topk_prob=renormalize).train()
     config = model.config
     shared = LlamaConfig().to_dict().keys() & config.to_dict().keys() - {"model_type"}
     plain = LlamaForCausalLM(LlamaConfig(**{key: getattr(config, key) for key in shared}))
@@ -114,9 +109,9 @@ def test_vanilla_form_is_a_softmax_moe(device, top_k, renormalize):
     ):
         weights = (ours.router.weight, pool.gate_up_proj, pool.down_proj)
         layer.mlp = PlainMoE(top_k, renormalize, *weights)
-    plain = plain.to(device).train()
+    plain = plain.to(devices.current()).train()
 
-    ids = make_ids(2, 6).to(device)
+    ids = make_ids(2, 6)
     output, reference = model(ids, labels=ids), plain(ids, labels=ids)
     aux = sum(
         config.balance_coefficient * 8 * (layer.mlp.fraction * layer.mlp.mean_probability).sum()
@@ -139,9 +134,9 @@ def test_vanilla_form_is_a_softmax_moe(device, top_k, renormalize):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_generation_with_cache_equals_the_full_forward(device, form):
-    model = make_model(**FORMS[form]).to(device).eval()
-    ids = make_ids(2, 5).to(device)
+def test_generation_with_cache_equals_the_full_forward(form):
+    model = make_model(**FORMS[form]).eval()
+    ids = make_ids(2, 5)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     result = model.generate(
         ids, **options, use_cache=True, return_dict_in_generate=True, output_logits=True
@@ -191,6 +186,7 @@ def test_padding_is_neither_routed_nor_balanced():
     assert full.load.sum() == 4 * 12 * 2
 
 
+@pytest.mark.any_device
 def test_model_refuses_inputs_it_cannot_read():
     model = make_model()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
@@ -223,7 +219,9 @@ def by_hand(config, routings, fractions):
 )
 def test_balance_loss_follows_the_equation(balance, num_pools, delay):
     model = make_model(balance=balance, num_pools=num_pools, balance_delay=delay).train()
-    fractions = [torch.zeros(8)] * (4 if balance == "layer" else num_pools)
+    fractions = [torch.zeros(8, device=devices.current())] * (
+        4 if balance == "layer" else num_pools
+    )
     for step, length in enumerate([9, 5, 7]):  # token counts differ: stored fractions must not mind
         output = model(make_ids(2, length, seed=step))
         expected, fractions = by_hand(model.config, output.routings, fractions)
@@ -292,13 +290,13 @@ def test_two_forwards_may_precede_one_backward():
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("options", [None, {"use_reentrant": True}], ids=["default", "reentrant"])
 @pytest.mark.parametrize("delay", [0, 1])
-def test_gradient_checkpointing_changes_nothing(device, options, delay):
-    model, twin = (make_model(balance_delay=delay).to(device).train() for _ in range(2))
+def test_gradient_checkpointing_changes_nothing(options, delay):
+    model, twin = (make_model(balance_delay=delay).train() for _ in range(2))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     calls = []
     model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
     for step in range(3):
-        ids = make_ids(2, 6, seed=step).to(device)
+        ids = make_ids(2, 6, seed=step)
         outputs = [each(ids, labels=ids) for each in (model, twin)]
         for output in outputs:
             output.loss.backward()

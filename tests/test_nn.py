@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,6 @@ from unipool import ops, reference
 from unipool.nn import ExpertPool, NormRouter, PoolBalancer, SoftmaxRouter, pooled_moe
 from unipool.nn.router import norm_router_calibration, router_logits
 
-F64 = torch.float64
 SIZES = [*range(1, 17), 24, 32, 33, 64, 96, 127, 160, 192, 288, 384, 513, 1024]
 
 
@@ -190,14 +190,14 @@ def test_router_parameters():
     assert NormRouter(16, 24, 3, dtype=torch.bfloat16).scale.dtype == torch.float32
 
 
-def test_routers_can_be_built_on_the_meta_device_and_filled_later():
+def test_routers_can_be_built_on_the_meta_device_and_filled_later(device):
     with torch.device("meta"):
         router, pool = NormRouter(16, 24, 3), ExpertPool(24, 16, 8)
     assert router.weight.is_meta
-    router, pool = router.to_empty(device="cpu"), pool.to_empty(device="cpu")
+    router, pool = router.to_empty(device=device), pool.to_empty(device=device)
     router.reset_parameters()
     pool.reset_parameters(std=0.01)
-    y, _ = pooled_moe(torch.randn(5, 16), router, pool)
+    y, _ = pooled_moe(torch.randn(5, 16, device=device), router, pool)
     assert y.isfinite().all()
     assert router.scale.item() == 1.0
 
@@ -445,8 +445,8 @@ def test_compiled_balance_agrees_with_eager(delay, compiler, device):
     assert torch.equal(module.fraction, twin.fraction)
 
 
-def test_snapshot_op():
-    torch.library.opcheck(torch.ops.unipool.snapshot.default, (torch.rand(8),))
+def test_snapshot_op(device):
+    torch.library.opcheck(torch.ops.unipool.snapshot.default, (torch.rand(8, device=device),))
 
 
 def test_the_very_first_delayed_loss_is_differentiable(device):
@@ -545,10 +545,9 @@ def test_perfect_balance_gives_the_coefficient_and_a_finite_gradient(device):
     assert importance.grad.isfinite().all()
 
 
-def test_balance_of_float64_and_of_many_layers(backend, device):
-    if F64 not in backend.dtypes:
-        pytest.skip("the backend has no float64")
-    logits = torch.randn(30, 8, dtype=F64, requires_grad=True)
+def test_balance_of_the_widest_dtype_and_of_many_layers(device):
+    dtype = devices.widest_float()
+    logits = torch.randn(30, 8, dtype=dtype, device=device, requires_grad=True)
     routings = [ops.softmax_topk(logits, 2)] * 48
     module = balancer(device, delay=0)
     assert math.isclose(module(routings, 2).item(), loss_of(routings), rel_tol=1e-5)

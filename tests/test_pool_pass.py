@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 
+import devices
 import psutil
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from unipool.nn import ExpertPool, NormRouter, pooled_moe
+
+pytestmark = pytest.mark.usefixtures("device")
 
 T, D, FF, M, K, L = 48, 16, 24, 6, 2, 4
 MODES = ["deferred", "accumulate", "autograd"]
@@ -33,6 +36,7 @@ class Stack(nn.Module):
         self.pool = ExpertPool(M, D, FF, mode, **options)
         self.routers = nn.ModuleList(NormRouter(D, M, K) for _ in range(layers))
         self.use_reentrant: bool | None = None
+        self.to(devices.current())
 
     def forward(self, x: Tensor) -> Tensor:
         experts = self.pool.begin_pass()
@@ -51,7 +55,7 @@ class Stack(nn.Module):
 
 def inputs(seed: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(T, D, generator=generator).to(dtype).requires_grad_()
+    return torch.randn(T, D, generator=generator).to(devices.current(), dtype).requires_grad_()
 
 
 def loss_of(y: Tensor) -> Tensor:
@@ -89,8 +93,8 @@ def test_equal_to_autograd(mode, way, window):
 
 
 def test_window_flushes_and_goes_on():
-    pool = ExpertPool(M, D, FF, wgrad_window_bytes=50_000)
-    routers = [NormRouter(D, M, K) for _ in range(L)]
+    pool = ExpertPool(M, D, FF, wgrad_window_bytes=50_000).to(devices.current())
+    routers = [NormRouter(D, M, K).to(devices.current()) for _ in range(L)]
     experts, h = pool.begin_pass(), inputs()
     for router in routers:
         h = h + pooled_moe(h, router, experts)[0]
@@ -105,7 +109,7 @@ def test_bfloat16_is_closer_to_the_exact_sum_than_autograd(layers, record_proper
     errors = {}
     for mode in MODES:
         model = Stack(mode, layers=layers).bfloat16()
-        exact = [torch.zeros(p.shape, dtype=torch.float64) for p in model.pool.parameters()]
+        exact = [torch.zeros_like(p, dtype=torch.float64) for p in model.pool.parameters()]
         if mode == "deferred":
             collect_exact(model, exact)
         loss = loss_of(model(inputs(dtype=torch.bfloat16)))
@@ -185,7 +189,7 @@ def test_autocast_casts_once_and_equals_autograd(mode):
     grads = {}
     for way in (mode, "autograd"):
         model = Stack(way)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(devices.current().type, dtype=torch.bfloat16):
             y = model(inputs())
         loss_of(y).backward()
         grads[way] = gradients(model)
@@ -200,7 +204,7 @@ def test_gradient_scaling_and_clipping(mode):
     for way in (mode, "autograd"):
         model = Stack(way)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(devices.current().type, init_scale=1024.0)
         scaler.scale(loss_of(model(inputs()))).backward()
         scaler.unscale_(optimizer)
         norms[way] = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -253,7 +257,7 @@ def test_layers_of_different_top_k_share_a_pass(mode):
     for way in (mode, "autograd"):
         model = Stack(way)
         torch.manual_seed(3)
-        routers = [NormRouter(D, M, top_k) for top_k in (1, 3, 2)]
+        routers = [NormRouter(D, M, top_k).to(devices.current()) for top_k in (1, 3, 2)]
         experts, h = model.pool.begin_pass(), inputs()
         for router in routers:
             h = h + pooled_moe(h, router, experts)[0]
@@ -265,7 +269,7 @@ def test_layers_of_different_top_k_share_a_pass(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_experts_without_tokens_get_exact_zeros(mode):
     model = Stack(mode)
-    hidden = torch.tensor([True] + [False] * (M - 1))
+    hidden = torch.tensor([True] + [False] * (M - 1), device=devices.current())
     experts, h = model.pool.begin_pass(), inputs()
     for router in model.routers:
         h = h + pooled_moe(h, lambda x, r=router: r(x, mask=hidden), experts)[0]
@@ -343,16 +347,14 @@ def test_compile_runs_the_pass_without_a_collector():
     assert_equal(gradients(model), wanted)
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize("mode", MERGED)
 def test_memory_stays_flat_over_1000_steps(mode):
     model = Stack(mode, layers=2)
     process = psutil.Process()
 
     def resident_after(steps: int) -> int:
-        for step in range(steps):
-            loss_of(model(inputs(step))).backward()
-            model.zero_grad()
-        gc.collect()
+        run_steps(model, steps)
         return process.memory_info().rss
 
     before = resident_after(200)
@@ -360,6 +362,26 @@ def test_memory_stays_flat_over_1000_steps(mode):
     assert resident_after(1000) - before < 8 * 2**20
 
 
+@pytest.mark.parametrize("mode", MERGED)
+def test_no_step_keeps_memory_of_a_gpu(mode):
+    """Of which torch counts every byte."""
+    if devices.current().type == "cpu":
+        pytest.skip("torch counts no memory of the CPU; the test above looks at the process")
+    model = Stack(mode, layers=2)
+    run_steps(model, 2)
+    before = torch.cuda.memory_allocated()
+    run_steps(model, 5)
+    assert torch.cuda.memory_allocated() == before
+
+
+def run_steps(model: Stack, count: int) -> None:
+    for step in range(count):
+        loss_of(model(inputs(step))).backward()
+        model.zero_grad()
+    gc.collect()
+
+
+@pytest.mark.any_device
 def test_bad_arguments():
     with pytest.raises(ValueError, match="weight_grad must be one of deferred, accumulate"):
         ExpertPool(M, D, FF, "eager")
@@ -373,7 +395,8 @@ def test_bad_arguments():
 _OUTLIVES_ITS_GROUP: list = []  # see the fixture of this name in conftest.py
 
 
-def _worker(rank: int, world: int, port: int, mode: str, results: mp.Queue) -> None:
+def _worker(rank: int, world: int, port: int, mode: str, device: str, results: mp.Queue) -> None:
+    devices.select(torch.device(device))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -382,7 +405,7 @@ def _worker(rank: int, world: int, port: int, mode: str, results: mp.Queue) -> N
         _OUTLIVES_ITS_GROUP.append(model)
         loss_of(model(inputs(2 + rank))).backward()
         if rank == 0:
-            results.put({name: p.grad.numpy() for name, p in model.module.named_parameters()})
+            results.put({name: p.grad.cpu().numpy() for name, p in model.module.named_parameters()})
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -398,15 +421,18 @@ def _free_port() -> int:
 def test_distributed_data_parallel_averages_the_gradients(mode):
     context = mp.get_context("spawn")
     results = context.Queue()
-    arguments = (2, _free_port(), mode, results)
+    arguments = (2, _free_port(), mode, devices.current().type, results)
     workers = [
         context.Process(target=_worker, args=(rank, *arguments), daemon=True) for rank in range(2)
     ]
     for worker in workers:
         worker.start()
-    got = {name: torch.from_numpy(g) for name, g in results.get(timeout=120).items()}
+    got = {
+        name: torch.from_numpy(g).to(devices.current())
+        for name, g in results.get(timeout=600).items()
+    }
     for worker in workers:
-        worker.join(60)
+        worker.join(600)
         assert worker.exitcode == 0
     assert_equal(got, {name: g / 2 for name, g in expected(2).items()})
 
@@ -419,12 +445,12 @@ def test_model_trains_as_with_autograd(mode):
     for way in (mode, "autograd"):
         torch.manual_seed(0)
         config = models.preset("tiny", "unipool", weight_grad=way)
-        model = models.UniPoolForCausalLM(config).train()
+        model = models.UniPoolForCausalLM(config).to(devices.current()).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         curves[way] = []
         for step in range(30):
             generator = torch.Generator().manual_seed(step % 4)
-            ids = torch.randint(0, 64, (2, 33), generator=generator)
+            ids = torch.randint(0, 64, (2, 33), generator=generator).to(devices.current())
             loss = model(input_ids=ids, labels=ids).loss
             optimizer.zero_grad()
             loss.backward()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two layers over one pool: every backend against the CPU, and what only a GPU shows."""
+"""Two layers over one pool: a GPU against the CPU, and what only a GPU shows."""
 
 import copy
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unipool.nn import ExpertPool, NormRouter, pool_pass, pooled_moe
+from unipool.nn import ExpertPool, NormRouter, pooled_moe
 from unipool.nn.pool_pass import WEIGHT_GRADS
-from unipool.ops import dispatch, experts, router
 
 TOKENS, D_MODEL, D_FF, EXPERTS = 53, 48, 40, 7
 WINDOW = 2**26  # bytes; asking a GPU for its free memory is not for a graph capture
@@ -35,25 +34,24 @@ class TwoLayers(nn.Module):
 
 
 def gradients(model: TwoLayers, x: Tensor) -> dict[str, Tensor]:
+    """Of a fixed loss, beside the output. None of the results keeps the graph alive."""
     x = x.detach().requires_grad_()
     y = model(x)
     weight = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad((y.float() * weight).sum(), (x, *parameters))
-    return {"y": y, "x": grads[0], **dict(zip(names, grads[1:], strict=True))}
+    return {"y": y.detach(), "x": grads[0], **dict(zip(names, grads[1:], strict=True))}
 
 
 @pytest.mark.parametrize("weight_grad", WEIGHT_GRADS)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_gradients_equal_those_of_the_cpu(top_k, weight_grad, dtype, backend, device, monkeypatch):
-    if dtype == torch.float64 or backend.name == "cpu":
-        pytest.skip("the CPU is what the others are compared with")
+def test_gradients_equal_those_of_the_cpu(top_k, weight_grad, dtype, backend, device):
+    if backend.name == "cpu":
+        pytest.skip("the CPU is what a GPU is compared with")
     torch.manual_seed(0)
     model = TwoLayers(top_k, weight_grad).to(dtype)
     x = torch.randn(TOKENS, D_MODEL).to(dtype)
     got = gradients(copy.deepcopy(model).to(device), x.to(device))
-    for module in (router, dispatch, experts, pool_pass):
-        monkeypatch.setattr(module, "_ops", torch.ops.unipool)
     if dtype == torch.float16:  # which the CPU has not
         model, x = model.float(), x.float()
     for name, due in gradients(model, x).items():
@@ -84,7 +82,10 @@ def test_cuda_never_waits_for_the_device(gpu_model):
 
 
 def test_cuda_graph_of_a_step(gpu_model):
-    """Captured with one batch, replayed with another whose routing differs."""
+    """Captured with one batch, replayed with another whose routing differs. While a graph lives, so
+    do the nodes of the parameters in it, with the stream that they were made on, and a backward
+    waits for that stream; a capture may wait for none but its own. So every graph before it must be
+    gone, and the warm-up runs on a stream of its own (PyTorch's notes on CUDA graphs)."""
     first, second = (torch.randn(TOKENS, D_MODEL, device="cuda").bfloat16() for _ in range(2))
     due = gradients(gpu_model, second)
     static = first.clone()

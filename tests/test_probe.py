@@ -8,6 +8,7 @@ import statistics
 import sysconfig
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ from unipool.training.checkpoint import latest_checkpoint
 from unipool.training.errors import InputError
 from unipool.training.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.usefixtures("small_scale")
+pytestmark = pytest.mark.usefixtures("small_scale", "device")
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
@@ -33,12 +34,13 @@ STDLIB = Path(sysconfig.get_path("stdlib"))
 def real_text(tokens=4096, length=64):
     """Batches of the bytes of a file of the standard library."""
     ids = torch.tensor(list((STDLIB / "argparse.py").read_bytes()[:tokens])).view(-1, length)
+    ids = ids.to(devices.current())
     return lambda: iter(ids.split(16))
 
 
 def our_model(**options):
     options = {"num_hidden_layers": 2, "num_experts": 6, "initializer_range": 0.3} | options
-    return UniPoolForCausalLM(preset("tiny", **options)).eval()
+    return UniPoolForCausalLM(preset("tiny", **options)).to(devices.current()).eval()
 
 
 def hugging_face(family):
@@ -46,8 +48,10 @@ def hugging_face(family):
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
     sizes |= {"initializer_range": 0.3, "num_experts_per_tok": 2}
     if family == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=6)).eval()
-    return OlmoeForCausalLM(OlmoeConfig(**sizes, num_experts=6, norm_topk_prob=True)).eval()
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=6))
+    else:
+        model = OlmoeForCausalLM(OlmoeConfig(**sizes, num_experts=6, norm_topk_prob=True))
+    return model.to(devices.current()).eval()
 
 
 def experts_of(model, layer):
@@ -141,7 +145,7 @@ def test_the_loss_under_random_experts_is_the_mean_over_experts(router, weights)
     targets = torch.cat([ids[:, 1:].flatten() for ids in real_text()()])
     # With the expert that the router chose the output is the bytes' frequency, with others not.
     frequency = (torch.bincount(targets, minlength=256) + 1).double().log()
-    aims = torch.full((len(states), 1), -0.3).double()
+    aims = torch.full((len(states), 1), -0.3).to(states)
     aims[chosen] = 1.0
     model.lm_head.weight.copy_(frequency[:, None] * (torch.linalg.pinv(states) @ aims).T)
     log_p = torch.log_softmax(states @ model.lm_head.weight.double().T, 1)
@@ -183,6 +187,7 @@ def test_drops_and_spreads_are_those_of_the_single_evaluations():
 # --- the draw
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize("k", [1, 3])
 def test_draws_are_uniform_distinct_and_weighted_by_the_rule(k):
     model = our_model(router="softmax", num_experts_per_tok=k, norm_topk_prob=k > 1)
@@ -238,7 +243,7 @@ def test_the_replaced_routing_is_the_one_that_is_reported(router):
 def test_a_masked_router_draws_only_what_it_may():
     model = our_model(router="softmax")
     router = model.model.layers[0].router
-    mask = torch.tensor([True, False, True, True, False, True])
+    mask = torch.tensor([True, False, True, True, False, True], device=devices.current())
     router.register_forward_pre_hook(lambda module, args: (*args, mask))
     layer = routed_layers(model)[0]
     seen = []
@@ -257,7 +262,8 @@ def test_a_masked_router_draws_only_what_it_may():
 
 
 def command(capsys, *arguments, code=0):
-    assert cli.main(list(map(str, arguments))) == code
+    arguments = [*map(str, arguments), "--device", devices.current().type]
+    assert cli.main(arguments) == code
     captured = capsys.readouterr()
     if code:
         assert captured.err.count("\n") == 1, captured.err
@@ -277,7 +283,8 @@ def text(tmp_path):
 def test_probe_a_run(tmp_path, capsys, text):
     out = tmp_path / "run"
     sizes = ["--d-model", "32", "--d-ff", "16", "--layers", "2", "--heads", "2", "--pool-size", "4"]
-    sizes += ["--seq-len", "32", "--batch-size", "4", "--steps", "2", "--device", "cpu"]
+    sizes += ["--seq-len", "32", "--batch-size", "4", "--steps", "2"]
+    sizes += ["--device", devices.current().type]
     assert cli.main(["train", *sizes, "--data", str(text), "--out", str(out)]) == 0
     capsys.readouterr()
     files = ["--json", tmp_path / "results" / "p.json", "--plot", tmp_path / "results" / "p.png"]
@@ -315,11 +322,12 @@ def test_probe_a_hugging_face_folder(tmp_path, capsys, text, family):
     assert [layer["layer"] for layer in found["layers"]] == [1]
     assert found["tokens"] == 630
     ids = torch.tensor(list((text / "decoder.py").read_bytes()[:631]))
-    rows = torch.stack([ids[start : start + 64] for start in range(0, 630, 63)])
+    rows = torch.stack([ids[start : start + 64] for start in range(0, 630, 63)]).to(model.device)
     loss = model(input_ids=rows, labels=rows).loss.item()
     assert found["loss"] == pytest.approx(loss, abs=1e-5)
 
 
+@pytest.mark.any_device
 def test_unknown_weights_and_no_seed_are_refused():
     model = our_model()
     with pytest.raises(InputError, match="--weights must be one of rule, kept, got same"):

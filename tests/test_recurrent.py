@@ -157,10 +157,10 @@ def test_gradcheck_through_two_layers(kind):
     assert torch.autograd.gradcheck(outputs, (xs, *values), fast_mode=True)
 
 
-def test_gradient_runs_down_through_the_state(scoring):
+def test_gradient_runs_down_through_the_state(scoring, device):
     """What only the last layer routes reaches the projection of the first."""
-    stack = Stack(scoring)
-    stack(tokens())[-1][2].weights.square().sum().backward()
+    stack = Stack(scoring).to(device)
+    stack(tokens().to(device))[-1][2].weights.square().sum().backward()
     assert stack.routers[0].proj.weight.grad.abs().max() > 1e-6
     assert stack.routers[0].weight.grad is None  # its logits are of its own layer
 
@@ -216,10 +216,10 @@ def test_no_tokens(scoring, device):
     assert all(p.grad.eq(0).all() for p in stack.cell.parameters())
 
 
-def test_tokens_do_not_see_each_other(scoring):
+def test_tokens_do_not_see_each_other(scoring, device):
     """No recurrence over time: a token's routing is the same in any company."""
-    stack = Stack(scoring)
-    xs = tokens(8)
+    stack = Stack(scoring).to(device)
+    xs = tokens(8).to(device)
     together, alone = stack(xs), stack(xs[:, 5:6])
     for (_, state, routing), (_, one_state, one) in zip(together, alone, strict=True):
         torch.testing.assert_close(state[5:6], one_state)
@@ -227,9 +227,9 @@ def test_tokens_do_not_see_each_other(scoring):
         assert torch.equal(routing.experts[5:6], one.experts)
 
 
-def test_the_state_steers_the_routing(scoring):
-    stack = Stack(scoring)
-    xs = tokens(200)
+def test_the_state_steers_the_routing(scoring, device):
+    stack = Stack(scoring).to(device)
+    xs = tokens(200).to(device)
     kept = stack(xs)[1][2].experts
     cut, _ = stack.routers[1](xs[1], stack.cell)
     assert (kept != cut.experts).float().mean() > 0.1
@@ -273,21 +273,21 @@ def test_parameters(scoring):
     assert abs(wide.weight.std().item() / 0.02 - 1) < 0.03
 
 
-def test_built_on_the_meta_device_and_filled_later(scoring):
+def test_built_on_the_meta_device_and_filled_later(scoring, device):
     with torch.device("meta"):
         router = RecurrentRouter(D, M, K, P, **scoring)
     assert all(p.is_meta for p in router.parameters())
-    router = router.to_empty(device="cpu")
+    router = router.to_empty(device=device)
     router.reset_parameters()
-    routing, _ = router(torch.randn(5, D), nn.GRUCell(P, P))
+    routing, _ = router(torch.randn(5, D, device=device), nn.GRUCell(P, P, device=device))
     assert routing.weights.isfinite().all()
 
 
-def test_compiles_without_graph_breaks(scoring):
-    stack = Stack(scoring)
+def test_compiles_without_graph_breaks(scoring, device):
+    stack = Stack(scoring).to(device)
     twin = copy.deepcopy(stack)
     compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
-    xs = tokens()
+    xs = tokens().to(device)
     got, due = compiled(xs), twin(xs)
     loss_of(got, seeded(1)).backward()
     loss_of(due, seeded(1)).backward()

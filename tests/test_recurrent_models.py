@@ -3,6 +3,7 @@
 
 import json
 
+import devices
 import pytest
 import torch
 from small_models import SHAPE, make_ids, make_model
@@ -12,7 +13,7 @@ from unipool import reference
 from unipool.models import UniPoolConfig, UniPoolForCausalLM, parameter_counts, preset
 from unipool.nn.router import norm_router_calibration
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("device")
 
 GRU = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 OPTIONS = {"router": "recurrent", "router_state_size": 12}
@@ -48,22 +49,26 @@ def use_transcription(model: UniPoolForCausalLM) -> None:
 
 @pytest.mark.parametrize("num_pools", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["softmax", "norm"])
-def test_model_equals_the_transcription_in_float64(kind, num_pools):
+def test_model_equals_the_transcription(kind, num_pools):
     options = {"router_scoring": kind, "num_pools": num_pools, "balance_delay": 0}
-    model, twin = (make_recurrent(**options).double() for _ in range(2))
+    model, twin = (make_recurrent(**options).to(devices.widest_float()) for _ in range(2))
     use_transcription(twin)
     ids = make_ids(2, 6)
     output, due = model(ids, labels=ids), twin(ids, labels=ids)
     assert torch.equal(output.load, due.load)
-    torch.testing.assert_close(output.logits, due.logits, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(output.loss, due.loss, rtol=1e-9, atol=0)
+    # float32 of four layers, whose logits and gradients sum terms that may cancel
+    wide = devices.widest_float() == torch.float64
+    close = {"rtol": 1e-9, "atol": 1e-10} if wide else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(output.logits, due.logits, **close)
+    torch.testing.assert_close(output.loss, due.loss, rtol=1e-9 if wide else 1e-5, atol=0)
     output.loss.backward()
     due.loss.backward()
     expected = gradients(twin)
     assert [n for n in expected if "router_cell" in n] == [f"model.router_cell.{n}" for n in GRU]
     for name, grad in gradients(model).items():
         assert expected[name].abs().max() > 0, name
-        torch.testing.assert_close(grad, expected[name], rtol=1e-7, atol=1e-10, msg=name)
+        close = {"rtol": 1e-7, "atol": 1e-10} if wide else {"rtol": 1e-3, "atol": 1e-5}
+        torch.testing.assert_close(grad, expected[name], **close, msg=name)
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -76,7 +81,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, kind, padding):
     calls = []
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
-    mask = torch.ones(2, 6, dtype=torch.long)
+    mask = torch.ones(2, 6, dtype=torch.long, device=devices.current())
     if padding:
         mask[0, 4:] = 0
     for step in range(2):
@@ -96,7 +101,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, kind, padding):
 def test_padding_has_no_part_in_the_recurrence():
     model = make_recurrent(balance_delay=0)
     first, second = make_ids(1, 4), make_ids(1, 6, seed=2)
-    mask = torch.ones(2, 6, dtype=torch.long)
+    mask = torch.ones(2, 6, dtype=torch.long, device=devices.current())
     mask[0, 4:] = 0
     batch = torch.cat([nn.functional.pad(first, (0, 2)), second])
     output, alone = model(batch, attention_mask=mask), [model(ids) for ids in (first, second)]
@@ -110,7 +115,7 @@ def test_under_autocast_the_model_routes_in_float32():
     cells = []
     model.model.layers[2].router.register_forward_hook(lambda *a: cells.append(a[2][1]))
     ids = make_ids(2, 6)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(devices.current().type, torch.bfloat16):
         output = model(ids, labels=ids)
     output.loss.backward()
     assert cells[0].dtype == torch.float32
@@ -123,7 +128,8 @@ def test_one_cell_for_all_pools_is_saved_once(tmp_path):
     model.save_pretrained(tmp_path)
     cells = [name for name in model.state_dict() if "cell" in name]
     assert cells == [f"model.router_cell.{name}" for name in GRU]
-    loaded = UniPoolForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
+    loaded = UniPoolForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded = loaded.to(devices.current()).train()
     wide = {n for n, t in loaded.state_dict().items() if t.dtype == torch.float32}
     assert wide == {n for n in loaded.state_dict() if "router.scale" in n or "balancers" in n}
     ids = make_ids(2, 6)
@@ -139,6 +145,7 @@ def test_one_cell_for_all_pools_is_saved_once(tmp_path):
     )
 
 
+@pytest.mark.any_device
 def test_model_starts_with_its_own_spread():
     torch.manual_seed(0)
     model = UniPoolForCausalLM(preset("tiny", router="recurrent", router_state_size=48))
@@ -151,6 +158,7 @@ def test_model_starts_with_its_own_spread():
             assert parameter.std().item() == pytest.approx(0.01, rel=0.1), name
 
 
+@pytest.mark.any_device
 def test_sizes_and_scores_by_default():
     config = UniPoolConfig(**(SHAPE | OPTIONS | {"router_state_size": None}))
     assert (config.router_state_size, config.router_scoring) == (32, "softmax")
@@ -160,6 +168,7 @@ def test_sizes_and_scores_by_default():
     assert norm.router_state_size is norm.router_scoring is None
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize("form", ["unipool", "vanilla"])
 @pytest.mark.parametrize("kind", ["softmax", "norm"])
 def test_parameter_counts(form, kind):
@@ -181,7 +190,8 @@ def test_train_command(tmp_path, monkeypatch, capfd):
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     out = tmp_path / "run"
     small = ["--d-model", "32", "--d-ff", "32", "--layers", "2", "--heads", "2", "--pool-size", "4"]
-    small += ["--seq-len", "32", "--batch-size", "4", "--eval-tokens", "256", "--device", "cpu"]
+    small += ["--seq-len", "32", "--batch-size", "4", "--eval-tokens", "256"]
+    small += ["--device", devices.current().type]
     small += ["--data", str(text)]
     recurrent = ["--router", "recurrent", "--router-state-size", "8", "--router-scoring", "norm"]
     steps = ["--steps", "2", "--log-every", "1"]

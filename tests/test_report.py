@@ -54,6 +54,13 @@ def run(name="a <b>", layers=3, experts=5, seed=0):
     }
 
 
+def shrink(patch):
+    """The demo of smaller models, on less text."""
+    training = {"seq_len": 64, "batch_size": 4, "eval_tokens": 2000, "log_every": 2}
+    patch.setattr(demo, "_SHAPE", demo._SHAPE | {"d_model": 32, "d_ff": 32})
+    patch.setattr(demo, "_TRAINING", demo._TRAINING | training)
+
+
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
     """The real demo on the real corpus, with few steps and small models."""
@@ -61,12 +68,7 @@ def small_demo(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small for more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "_SHAPE", demo._SHAPE | {"d_model": 32, "d_ff": 32})
-        patch.setattr(
-            demo,
-            "_TRAINING",
-            demo._TRAINING | {"seq_len": 64, "batch_size": 4, "eval_tokens": 2000, "log_every": 2},
-        )
+        shrink(patch)
         console = Console(file=open(folder / "output", "w"), width=80)  # noqa: SIM115
         options = {"steps": 6, "seed": 1, "device": "cpu", "console": console}
         metrics = demo.run_demo(folder, resume=False, **options)
@@ -117,6 +119,20 @@ def test_demo_writes_report_images_and_text(small_demo):
     assert output.count(demo.PROMPT.strip()) >= 3
     assert str(folder / "report.html") in output.replace("\n", "")
     check_page((folder / "report.html").read_text(), images=4)
+
+
+def test_demo_command_on_a_gpu(tmp_path, device, small_scale, monkeypatch):
+    if device.type == "cpu":
+        pytest.skip("the demo of the other tests is that of the CPU")
+    pytest.importorskip("typer")
+    from unipool import cli
+
+    shrink(monkeypatch)
+    out = tmp_path / "demo"
+    command = ["demo", "--steps", "2", "--device", device.type, "--out", str(out)]
+    assert cli.main(command) == 0
+    assert len(json.loads((out / "metrics.json").read_text())["runs"]) == 3
+    assert (out / "report.html").is_file()
 
 
 def test_demo_resumes_and_clears_only_its_own(small_demo, tmp_path):

@@ -10,11 +10,14 @@ import torch
 
 pytest.importorskip("transformers")
 
+import devices
 from small_models import make_ids, make_model
 
 from unipool.models import UniPoolForCausalLM
 from unipool.models.resize import expert_mask, measure_load, resize_pool, set_layer_experts
 from unipool.nn.router import norm_router_calibration
+
+pytestmark = pytest.mark.usefixtures("device")
 
 FORMS = {
     "norm": {},
@@ -85,6 +88,7 @@ def test_growing_by_copies_changes_no_logit_and_no_loss(form, show):
     train_step(model.train(), optimizer, 5)
 
 
+@pytest.mark.any_device
 def test_layers_are_dealt_to_an_expert_and_its_copies():
     model, _ = make_trained(num_experts=4)
     load = torch.tensor([[9, 1, 0, 0], [7, 1, 5, 0], [8, 1, 0, 0], [6, 1, 0, 0]])
@@ -96,6 +100,7 @@ def test_layers_are_dealt_to_an_expert_and_its_copies():
     assert expert_mask(model).sum(1).tolist() == [3] * 4
 
 
+@pytest.mark.any_device
 def test_more_copies_than_layers_stay_hidden():
     model, _ = make_trained(num_hidden_layers=2)
     resize_pool(model, 9, experts=[4, 4, 4])
@@ -219,6 +224,7 @@ def test_copies_dropped_again_give_the_model_back():
             assert torch.equal(value, moments[index][key])
 
 
+@pytest.mark.any_device
 def test_calibration_follows_what_a_layer_still_sees():
     model, _ = make_trained()
     resize_pool(model, 4)
@@ -280,6 +286,7 @@ def test_momentum_of_other_optimizers_goes_along():
     train_step(model, optimizer, 1)
 
 
+@pytest.mark.any_device
 def test_frozen_parameters_stay_frozen():
     model, _ = make_trained()
     model.model.pools[0].requires_grad_(False)
@@ -346,7 +353,7 @@ def test_a_resized_model_is_saved_and_loads(tmp_path):
     model, _ = make_trained()
     resize_pool(model, 9)
     model.save_pretrained(tmp_path)
-    loaded = UniPoolForCausalLM.from_pretrained(tmp_path)
+    loaded = UniPoolForCausalLM.from_pretrained(tmp_path).to(devices.current())
     assert loaded.config.layer_experts == model.config.layer_experts is not None
     assert torch.equal(outputs(loaded)[0], outputs(model)[0])
 
@@ -354,6 +361,7 @@ def test_a_resized_model_is_saved_and_loads(tmp_path):
 # --- refusals ---
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -380,6 +388,7 @@ def test_what_cannot_be_is_one_clear_line_and_changes_nothing(arguments, message
     assert model.config.num_experts == 6
 
 
+@pytest.mark.any_device
 def test_other_refusals():
     fresh = make_model(num_experts=6)
     with pytest.raises(ValueError, match="load must be given, or experts"):
@@ -412,6 +421,7 @@ def checkpoint(tmp_path):
     return latest_checkpoint(tmp_path / "run" / "checkpoints")
 
 
+@pytest.mark.any_device
 def test_command_resizes_a_checkpoint_with_its_optimizer(checkpoint, tmp_path, capsys):
     from unipool import cli
     from unipool.training.checkpoint import folder_fault
@@ -433,6 +443,7 @@ def test_command_resizes_a_checkpoint_with_its_optimizer(checkpoint, tmp_path, c
     assert new["step"] == 3
 
 
+@pytest.mark.any_device
 def test_a_run_goes_on_from_a_resized_checkpoint(checkpoint, tmp_path, capsys):
     """The run's options still say four experts; what counts is the checkpoint's model."""
     from unipool import cli
@@ -457,6 +468,7 @@ def test_a_run_goes_on_from_a_resized_checkpoint(checkpoint, tmp_path, capsys):
     assert {state["step"].item() for state in saved.values()} == {8.0}
 
 
+@pytest.mark.any_device
 def test_command_drops_by_a_load_from_a_file(checkpoint, tmp_path, capsys):
     from unipool import cli
 
@@ -468,6 +480,7 @@ def test_command_drops_by_a_load_from_a_file(checkpoint, tmp_path, capsys):
     assert "pool 0: experts 0 2-3 of before" in capsys.readouterr().out
 
 
+@pytest.mark.any_device
 def test_command_refuses_in_one_line(checkpoint, tmp_path, capsys):
     from unipool import cli
 
@@ -489,6 +502,7 @@ def test_command_refuses_in_one_line(checkpoint, tmp_path, capsys):
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.any_device
 def test_command_refuses_damaged_and_foreign_files_in_one_line(tmp_path, capsys):
     pytest.importorskip("typer")
     from unipool import cli

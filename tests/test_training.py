@@ -37,9 +37,11 @@ from unipool.training.trainer import PoolTrainer
 
 pytestmark = pytest.mark.usefixtures("small_scale")
 
+TORCH_SEES_CUDA = torch.cuda.is_available()
+
 
 @pytest.fixture
-def config(text, tmp_path):
+def config(text, tmp_path, device):
     return TrainConfig(
         d_model=32,
         d_ff=32,
@@ -53,7 +55,7 @@ def config(text, tmp_path):
         lr=1e-2,
         min_lr=1e-3,
         warmup=0.25,
-        device="cpu",
+        device=device.type,
         out=str(tmp_path / "run"),
         save_every=3,
         eval_every=6,
@@ -193,6 +195,17 @@ def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
     assert equal_weights(weights(config), weights(uninterrupted))
 
 
+# `unipool`, with the plain attention that conftest.py chooses on a GPU: bits are compared.
+COMMAND = """
+import sys, torch
+torch.backends.cuda.enable_flash_sdp(False)
+torch.backends.cuda.enable_mem_efficient_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)
+from unipool import cli
+sys.exit(cli.main())
+"""
+
+
 def test_killed_run_resumes_exactly(config, tmp_path):
     """SIGKILL to a real `unipool train`, somewhere after its second checkpoint."""
     whole = replace(config, steps=40, save_every=1, out=str(tmp_path / "whole"))
@@ -200,12 +213,18 @@ def test_killed_run_resumes_exactly(config, tmp_path):
     config = replace(whole, out=config.out)
     options = ["--d-model=32", "--d-ff=32", "--layers=2", "--heads=2", "--pool-size=4"]
     options += [f"--data={config.data[0]}", "--seq-len=32", "--batch-size=4", "--steps=40"]
-    options += ["--lr=1e-2", "--min-lr=1e-3", "--warmup=0.25", "--device=cpu", "--save-every=1"]
+    options += [
+        "--lr=1e-2",
+        "--min-lr=1e-3",
+        "--warmup=0.25",
+        f"--device={config.device}",
+        "--save-every=1",
+    ]
     options += ["--eval-every=6", "--eval-tokens=512", "--log-every=4", f"--out={config.out}"]
-    command = [sys.executable, "-m", "unipool.cli", "train", *options]
+    command = [sys.executable, "-c", COMMAND, "train", *options]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     checkpoints = Path(config.out, "checkpoints")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while latest_checkpoint(checkpoints) is None or not (checkpoints / "step-2").exists():
         assert child.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
@@ -219,6 +238,7 @@ def test_killed_run_resumes_exactly(config, tmp_path):
     assert not list(checkpoints.glob(".*.tmp"))
 
 
+@pytest.mark.any_device
 def test_resume_without_a_checkpoint_begins_anew(config, uninterrupted):
     Path(config.out).mkdir()
     Path(config.out, "config.json").write_text(config.to_json())
@@ -227,6 +247,7 @@ def test_resume_without_a_checkpoint_begins_anew(config, uninterrupted):
     assert rows(config) == rows(uninterrupted)
 
 
+@pytest.mark.any_device
 def test_resume_of_a_finished_run_changes_nothing(config):
     first = run_training(config)
     before = weights(config), read_metrics(Path(config.out, "metrics.jsonl"))
@@ -236,6 +257,7 @@ def test_resume_of_a_finished_run_changes_nothing(config):
     assert equal_weights(weights(config), before[0])
 
 
+@pytest.mark.any_device
 def test_longer_resume(config):
     run_training(replace(config, steps=6))
     result = run_training(replace(config, steps=8), resume=True)
@@ -275,7 +297,7 @@ def test_non_finite_loss_stops_before_the_weights_change(config, monkeypatch, va
     assert "\n" not in str(failure.value)
     saved = load_file(Path(config.out, "checkpoints", "step-7", "model.safetensors"))
     assert all(
-        torch.equal(dict(models[0].named_parameters())[k], saved[k])
+        torch.equal(dict(models[0].named_parameters())[k].cpu(), saved[k])
         for k, _ in models[0].named_parameters()
     )
 
@@ -296,6 +318,7 @@ def test_non_finite_gradient_stops(config, monkeypatch):
         run_training(config)
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")],
@@ -318,6 +341,7 @@ def test_disk_errors_keep_the_last_checkpoint(config, monkeypatch, error):
     assert run_training(config, resume=True).step == 12
 
 
+@pytest.mark.any_device
 def test_full_disk_for_the_log_is_one_line(config, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -327,6 +351,7 @@ def test_full_disk_for_the_log_is_one_line(config, monkeypatch):
         run_training(config)
 
 
+@pytest.mark.any_device
 def test_second_interrupt_does_not_wait(config, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     stop_after(monkeypatch, 5, signal.SIGINT)
@@ -392,6 +417,7 @@ def test_schedule_and_training_progress(config):
     assert [row["step"] for row in rows(config) if "val_loss" in row] == [40]
 
 
+@pytest.mark.any_device
 def test_only_matrices_decay(config):
     result = run_training(replace(config, steps=1))
     names = PoolTrainer.get_decay_parameter_names(None, result.model)
@@ -426,6 +452,7 @@ def test_evaluation_is_exact(config):
     with torch.no_grad():
         for start in blocks.starts:
             ids = torch.tensor(result.data.val[start : start + 32].astype("int64"))[None]
+            ids = ids.to(config.device)
             scores = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
             nats -= scores.gather(1, ids[0, 1:, None]).sum().item()
     assert first.loss == pytest.approx(nats / first.tokens, rel=1e-5)
@@ -435,16 +462,21 @@ def test_evaluation_is_exact(config):
     assert torch.allclose(load.sum(1), torch.ones(2), atol=1e-6)
 
 
+def random_states():
+    """Of the generators that training goes on with."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if TORCH_SEES_CUDA else [])]
+
+
 def test_generation_from_run_checkpoint_and_model(config):
     run_training(replace(config, steps=3))
     out = Path(config.out)
     texts = []
     for path in (out, out / "model", out / "checkpoints" / "step-3"):
-        model, tokenizer = load_model(path)
+        model, tokenizer = load_model(path, config.device)
         assert model.config.use_cache
-        state = torch.get_rng_state()
+        state = random_states()
         texts.append(generate_text(model, tokenizer, "def ", 20, seed=1))
-        assert torch.equal(torch.get_rng_state(), state)
+        assert all(map(torch.equal, random_states(), state))
     assert texts[0] == texts[1] == texts[2]
     assert texts[0].startswith("def ")
     assert generate_text(model, tokenizer, "def ", 20, seed=2) != texts[0]
@@ -460,6 +492,7 @@ def test_generation_from_run_checkpoint_and_model(config):
 # --- folders and options that cannot work
 
 
+@pytest.mark.any_device
 def test_run_folder_must_be_new(config, tmp_path):
     run_training(replace(config, steps=1))
     with pytest.raises(InputError, match="already holds a run: add --resume"):
@@ -474,6 +507,7 @@ def test_run_folder_must_be_new(config, tmp_path):
     assert (other / "thesis.tex").read_text() == "work"
 
 
+@pytest.mark.any_device
 def test_two_processes_cannot_share_a_run(config):
     fcntl = pytest.importorskip("fcntl")
     Path(config.out).mkdir()
@@ -483,6 +517,7 @@ def test_two_processes_cannot_share_a_run(config):
             run_training(config)
 
 
+@pytest.mark.any_device
 def test_resume_refuses_other_text_and_other_options(config, text, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(text, copy)

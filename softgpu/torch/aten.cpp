@@ -11,6 +11,7 @@
 // not: the CPU's arithmetic is not cuBLAS's or a CUDA kernel's, and temporaries are the host's.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/copy_native.h>
 #include <ATen/ops/empty_strided.h>
@@ -146,6 +147,23 @@ int common_device(const std::string& name, at::ArrayRef<IValue> args) {
   return device < 0 ? c10::cuda::current_device() : device;
 }
 
+// The gradients of an rms_norm, for which the CPU has no kernel of one step.
+Stack rms_norm_backward(const Stack& args) {
+  const at::Tensor grad = args[0].toTensor(), x = args[1].toTensor(), rstd = args[3].toTensor();
+  const auto gain = args[4].isNone() ? at::Tensor() : args[4].toTensor();
+  const auto inner = static_cast<int64_t>(args[2].toIntVector().size()), outer = x.dim() - inner;
+  std::vector<int64_t> rows, columns;
+  for (int64_t d = 0; d < outer; ++d) rows.push_back(d);
+  for (int64_t d = outer; d < x.dim(); ++d) columns.push_back(d);
+  const at::Tensor g = grad.to(rstd.scalar_type()), normed = x.to(rstd.scalar_type()) * rstd;
+  const at::Tensor scaled = gain.defined() ? g * gain.to(rstd.scalar_type()) : g;
+  const at::Tensor along = (scaled * normed).mean(columns, true);
+  const at::Tensor grad_x = (rstd * (scaled - normed * along)).to(x.scalar_type());
+  if (!gain.defined()) return {grad_x, at::Tensor()};
+  const at::Tensor terms = g * normed;
+  return {grad_x, (rows.empty() ? terms : terms.sum(rows)).to(gain.scalar_type())};
+}
+
 // Runs the CPU kernel; arguments in, results out.
 void call(const c10::OperatorHandle& op, const std::string& name, Stack& stack) {
   at::AutoDispatchBelowADInplaceOrView below;
@@ -156,6 +174,10 @@ void call(const c10::OperatorHandle& op, const std::string& name, Stack& stack) 
     auto out = name == "mm.dtype" ? at::mm(a, b) : stack[3].toTensor();
     if (name == "mm.dtype_out") at::mm_out(out, a, b);
     stack = {out};
+    return;
+  }
+  if (name == "_fused_rms_norm_backward") {  // nor this
+    stack = rms_norm_backward(stack);
     return;
   }
   const bool counts = name == "histc" && !stack[0].toTensor().is_floating_point();
