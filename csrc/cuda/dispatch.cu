@@ -380,8 +380,7 @@ cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream) {
   };
   if (aligned(16)) return launch_permute_words<uint4>(args, stream);
   if (aligned(4)) return launch_permute_words<uint32_t>(args, stream);
-  if (aligned(2)) return launch_permute_words<uint16_t>(args, stream);
-  return launch_permute_words<uint8_t>(args, stream);
+  return aligned(2) ? launch_permute_words<uint16_t>(args, stream) : cudaErrorInvalidValue;
 }
 
 cudaError_t launch_unpermute(const UnpermuteArgs& args, cudaStream_t stream) {

@@ -106,7 +106,7 @@ __global__ __launch_bounds__(Tile::kThreads, kVector ? Tile::kBlocks : 0) void t
   RowTile tile;
   while (schedule.next(tile)) {
     find_slots<Tile>(slots, tile, args.order, args.rows, args.experts);
-    for (int r = threadIdx.x; r < Tile::kM; r += Tile::kThreads) {  // its own slots
+    if (const int r = threadIdx.x; r < Tile::kM) {  // its own slot
       const bool weighted = args.weights != nullptr;
       factors[r] = weighted ? (slots[r] < 0 ? 0.f : __ldg(args.weights + slots[r])) : 1.f;
     }

@@ -63,6 +63,7 @@ __device__ __forceinline__ void add_over_block(float (&sums)[L::kItems], float* 
     if (threadIdx.x % kWarp < L::kLanes && e < experts) scratch[warp * experts + e] = sums[i];
   }
   __syncthreads();
+#pragma unroll 1  // few rounds, once a block
   for (int e = threadIdx.x; e < experts; e += kThreads) {
     float sum = 0.f;
     for (int w = 0; w < kWarps; ++w) sum += scratch[w * experts + e];
@@ -90,6 +91,7 @@ __device__ __forceinline__ void topk_rows(const RouterArgs& a, const Score& scor
   const int experts = a.num_experts;
   int32_t* load = dynamic_shared<int32_t>();
   float* scratch = reinterpret_cast<float*>(load + experts);
+#pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += kThreads) load[e] = 0;
   __syncthreads();
 
@@ -149,6 +151,7 @@ __device__ __forceinline__ void topk_rows(const RouterArgs& a, const Score& scor
   const int64_t base = int64_t(blockIdx.x) * experts;
   add_over_block<L>(importance, scratch, experts, out.importance + base);
   // The barrier in add_over_block also completed the load.
+#pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += kThreads) out.load[base + e] = load[e];
 }
 

@@ -22,7 +22,8 @@ struct DispatchPlanArgs {
   void* workspace;   // dispatch_plan_workspace_bytes
 };
 
-// y[r] = x[order[r] / top_k]; zero where order[r] is no slot. Bytes are moved as they are.
+// y[r] = x[order[r] / top_k]; zero where order[r] is no slot. Bytes are moved as they are, two at
+// least.
 struct PermuteArgs {
   const void* x;         // [T, row_bytes]
   const int32_t* order;  // [N]

@@ -82,7 +82,8 @@ class RowSchedule {
     int run = exclusive_scan(sum, threadIdx.x % kWarp, warp_total);
     if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = warp_total;
     __syncthreads();
-    for (int w = 0; w < int(threadIdx.x) / kWarp; ++w) run += warp_sums[w];
+#pragma unroll
+    for (int w = 0; w < kWarps - 1; ++w) run += w < int(threadIdx.x) / kWarp ? warp_sums[w] : 0;
     for (int g = begin; g < end; ++g) {
       first_[g] = run;
       run += tiles_of(g);

@@ -19,14 +19,15 @@ __device__ __forceinline__ const T* token_row(const T* x, int slot, int top_k, i
 }
 
 // slots[r], r < kM: of row r of a tile, -1 where it has none: past the tile's rows or the last
-// expert's. To be followed by a barrier.
+// expert's. Thread r does row r. To be followed by a barrier.
 template <class Tile>
 __device__ __forceinline__ void find_slots(int32_t* slots, const RowTile& tile,
                                            const int32_t* order, int64_t rows, int experts) {
-  for (int r = threadIdx.x; r < Tile::kM; r += Tile::kThreads) {
-    const bool exists = r < tile.rows && tile.expert < experts;
-    slots[r] = exists ? checked_index(order, tile.row + r, rows) : -1;
-  }
+  static_assert(Tile::kM <= Tile::kThreads);
+  const int r = threadIdx.x;
+  if (r >= Tile::kM) return;
+  const bool exists = r < tile.rows && tile.expert < experts;
+  slots[r] = exists ? checked_index(order, tile.row + r, rows) : -1;
 }
 
 // --- chunks of a row: kVectorBytes at once, or those of the row's `left` elements one by one
