@@ -246,18 +246,26 @@ def family_table(kernels: Iterable[Coverage]) -> str:
     )
 
 
-def gap_lines(all_gaps: list[Gap], explain: bool) -> Iterator[str]:
-    """One line for each source line with gaps, the largest first."""
+def never_launched(all_gaps: list[Gap]) -> Iterator[str]:
+    for gap in all_gaps:
+        if not gap.kernel.launches:
+            yield f"{gap.kernel.name} ({gap.kernel.architecture}) [{gap.reason or 'not listed'}]"
+
+
+def never_executed(all_gaps: list[Gap], explain: bool = False) -> Iterator[str]:
+    """A line for each source line with gaps, the largest first."""
     by_line: dict[tuple[str, str], list[Gap]] = defaultdict(list)
     for gap in all_gaps:
-        by_line[gap.source, gap.reason].append(gap)
+        if gap.kernel.launches:
+            by_line[gap.source, gap.reason].append(gap)
     size = {key: sum(len(g.instructions) for g in mine) for key, mine in by_line.items()}
     for source, reason in sorted(by_line, key=lambda key: (-size[key], key)):
         mine = by_line[source, reason]
         families = ", ".join(sorted({g.kernel.family for g in mine}))
+        count = len({(g.kernel.kernel, g.kernel.architecture) for g in mine})
         yield (
-            f"{size[source, reason]} instructions of {len({g.kernel.kernel for g in mine})} kernels"
-            f" ({families}) at {source} [{reason or 'not listed'}]"
+            f"{source}: {size[source, reason]} instructions in {count} of {families}"
+            f" [{reason or 'not listed'}]"
         )
         for gap in mine if explain else ():
             yield f"    {gap.kernel.name} ({gap.kernel.architecture})"
@@ -268,14 +276,11 @@ def errors(
     kernels: list[Coverage], all_gaps: list[Gap], exemptions: list[Exemption], required: float
 ) -> Iterator[str]:
     unlisted = [gap for gap in all_gaps if not gap.reason]
-    for gap in unlisted:
-        if not gap.kernel.launches:
-            yield f"never launched: {gap.kernel.name} ({gap.kernel.architecture})"
-    for line in gap_lines([gap for gap in unlisted if gap.kernel.launches], explain=False):
-        yield f"never executed: {line}"
+    yield from (f"never launched: {line}" for line in never_launched(unlisted))
+    yield from (f"never executed: {line}" for line in never_executed(unlisted))
     for exemption in exemptions:
         if not exemption.used:
-            yield f"executed after all, or no code at all: {exemption}"
+            yield f"listed, but executed after all or no code at all: {exemption}"
     for architecture in sorted({k.architecture for k in kernels}):
         reached = share(k for k in kernels if k.architecture == architecture)
         if reached < required:
@@ -302,10 +307,8 @@ def main() -> None:
     explain_gaps(all_gaps, exemptions)
 
     print(family_table(kernels.values()))
-    if all_gaps:
-        print("\nNever executed:")
-    for line in gap_lines(all_gaps, options.explain):
-        print(line)
+    print("\nNever launched:", *never_launched(all_gaps), sep="\n")
+    print("\nNever executed:", *never_executed(all_gaps, options.explain), sep="\n")
     if options.require is not None:
         failures = list(errors([*kernels.values()], all_gaps, exemptions, options.require))
         sys.exit("\n".join(f"coverage: {line}" for line in failures) or 0)
