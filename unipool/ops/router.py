@@ -226,7 +226,8 @@ def softmax_topk(
         top_k: experts a token, at most min(M, 16).
         renormalize: divide the k weights by their sum. Refused for top_k = 1, where every weight
             would be 1 and the router would get no gradient from the task.
-        bias, mask: as for norm_topk.
+        bias: as for norm_topk.
+        mask: as for norm_topk.
 
     Returns:
         Routing; importance sums the probabilities of all experts. Gradients reach logits from
