@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make bench | make kernels: each makes .venv, installs and builds what is missing, and runs.
+# make demo | make test | make bench | make kernels | make docs: each makes .venv, installs and builds what is missing, and runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,13 +9,14 @@ MAX_SPILL ?= 0
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench kernels format format-check doctor clean
+.PHONY: help demo test bench kernels docs format format-check doctor clean
 
 help:
 	@echo "make demo          train and compare three small models (10 minutes on 2 cores)"
 	@echo "make test          run the test suite"
 	@echo "make bench         time the ops against PyTorch's own operations"
 	@echo "make kernels       compile the CUDA kernels and list their registers (needs nvcc)"
+	@echo "make docs          build the documentation as a site into build/site"
 	@echo "make doctor        say what is installed, loaded and working"
 	@echo "make format        format all sources; make format-check only looks"
 
@@ -54,6 +55,16 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  'transformers>=5.17' accelerate 'typer>=0.19' rich matplotlib safetensors 'lm-eval>=0.4.13' \
 	  pytest pytest-xdist hypothesis psutil ruff clang-format nvtx
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass
+	@touch $@
+
+# Reads the sources only: neither the extension nor a network is needed once the tools are there.
+docs: $(VENV)/documents
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
+
+$(VENV)/documents: $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
