@@ -34,7 +34,7 @@ PRECISIONS = {
 
 
 def state_bytes(config: UniPoolConfig, precision: str) -> int:
-    """Weights, gradients and optimizer, and the copy of the weights that autocast makes."""
+    """Weights, gradients, optimizer, and a copy of all weights for autocast: at most so much."""
     per_parameter = WEIGHT + GRADIENT + MOMENTS + PRECISIONS[precision].copy
     return per_parameter * parameter_counts(config)["total"]
 
