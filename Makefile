@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make bench | make kernels: each makes .venv, installs and builds what is missing, and runs.
+# make demo | make test | make bench | make kernels | make docs: each makes .venv, installs and builds what is missing, and runs.
 # make gpu-test does so in .venv-gpu, whose torch has CUDA.
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ MAX_SPILL ?= 0
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test bench kernels format format-check doctor clean
+.PHONY: help demo test gpu-test bench kernels docs format format-check doctor clean
 
 help:
 	@echo "make demo          train and compare three small models (10 minutes on 2 cores)"
@@ -21,6 +21,7 @@ help:
 	@echo "make gpu-test      run what is of CUDA on a software GPU (no GPU needed)"
 	@echo "make bench         time the ops against PyTorch's own operations"
 	@echo "make kernels       compile the CUDA kernels, list and check what they take"
+	@echo "make docs          build the documentation as a site into build/site"
 	@echo "make doctor        say what is installed, loaded and working"
 	@echo "make format        format all sources; make format-check only looks"
 
@@ -29,7 +30,7 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	@$(BIN)/python -m pytest -n $(JOBS) -o faulthandler_exit_on_timeout=true \
-	  --ignore=tests/emulation $(TESTS) $(ARGS)
+	  $(TESTS) $(ARGS)
 
 # nvcc of the machine, else of PyPI: into build/, as NVIDIA's packages would make of .venv-gpu an
 # environment that takes a GPU.
@@ -43,7 +44,7 @@ gpu-test: $(GPU_VENV)/installed $(NVCC)
 	@PATH="$(CURDIR)/$(GPU_BIN):$$PATH" $(MAKE) --no-print-directory gpu-library
 	@UNIPOOL_LIBRARY_DIR=$(CURDIR)/build/gpu-test/package/lib SOFTGPU_SMS=8 \
 	  $(GPU_BIN)/python -m pytest -n $(JOBS) -o faulthandler_exit_on_timeout=true \
-	  -k "cuda or softgpu" --ignore=tests/emulation $(TESTS) $(ARGS)
+	  -k "cuda or softgpu" $(TESTS) $(ARGS)
 
 # The op library for the torch of .venv-gpu, with the kernels that make kernels compiled or will.
 .PHONY: gpu-library
@@ -90,6 +91,16 @@ $(VENV)/installed: pyproject.toml constraints.txt | python
 	  'transformers>=5.17' accelerate 'typer>=0.19' rich matplotlib safetensors 'lm-eval>=0.4.13' \
 	  pytest pytest-xdist hypothesis psutil ruff clang-format nvtx
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass
+	@touch $@
+
+# Reads the sources only: neither the extension nor a network is needed once the tools are there.
+docs: $(VENV)/documents
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
+
+$(VENV)/documents: $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 # torch comes without what it asks for, which are NVIDIA's libraries but for what it imports;

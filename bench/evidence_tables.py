@@ -131,7 +131,7 @@ def _claims(sweep: dict, losses: dict) -> str:
             "does not show: worse",
         ),
         (
-            "The pool loss is needed: better than NormRouter with one loss a layer",
+            "The pool loss is needed: better than NormRouter with one loss per layer",
             "below zero",
             unipool,
             norm_only,
@@ -167,10 +167,10 @@ def _probe(probe: dict) -> str:
     seeds = sorted({m["seed"] for m in probe["models"]})
     text = (
         "**The routing probe**: random experts in one layer at a time, "
-        f"{probe['tokens']:,} held-out tokens, {probe['seeds']} random routings a layer and model. "
-        "Loss increase in nats,\nmean over models of all seeds. *rule*: a random expert gets the "
-        "weight that the router gives it, which is zero for most under a NormRouter; *kept*: it "
-        "gets\nthe weight of the expert it replaces.\n\n"
+        f"{probe['tokens']:,} held-out tokens, {probe['seeds']} random routings per layer "
+        "and model. Loss increase in nats,\nmean over models of all seeds. *rule*: a random expert "
+        "gets the weight that the router gives it, which is zero for most under a NormRouter; "
+        "*kept*: it gets\nthe weight of the expert it replaces.\n\n"
     )
     rows = []
     for weights in ("rule", "kept"):

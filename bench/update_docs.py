@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the figures of README.md, docs/evidence.md and docs/hardware.md from bench/results.
+"""Writes the figures of README.md and docs/ from the JSON files under bench/results.
 
     python bench/update_docs.py [--check]
 
-With --check nothing is written; the exit status says whether all are up to date.
+With --check nothing is written; the exit status says whether all pages are up to date.
 """
 
 import argparse
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import hardware_table
 from evidence_tables import evidence
+from model_memory import choosing
 
 from unipool.training.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
+BEGIN, END = "<!-- {}: begin -->\n", "<!-- {}: end -->\n"
 MAIN_LAYERS = 12  # of the pool step's first table
 
 
@@ -42,7 +43,7 @@ def demo() -> str:
     head = ["model", "pools × experts", "parameters", "of experts"]
     head += ["validation loss (nats)", "bits per byte", "tokens/s"]
     return (
-        "**The demo** (`make demo`, seed 0): three models of equal active size on the source of "
+        "## The demo\n\n`make demo`, seed 0: three models of equal active size on the source of "
         "Python's standard library,\nbyte by byte. Small models, little training, one seed: a "
         "small difference says nothing about models of another size.\n\n" + markdown(head, rows)
     )
@@ -75,7 +76,7 @@ def pool_step() -> str:
     for case in main:
         floor += [f"{1e3 * case['floor']:.0f}", f"{1 / case['ours_over_floor']:.2f}x"]
     text = (
-        f"**The pool step** (`python bench/pool_step.py`): {c['layers']} layers of norm, router "
+        f"## The pool step\n\n`python bench/pool_step.py`: {c['layers']} layers of norm, router "
         f"and one shared pool, forward and backward;\nT {c['tokens']}, D {c['d_model']}, "
         f"F {c['d_ff']}, M {c['experts']}, k {c['top_k']}. Median [p10, p90]. The floor is "
         "max(FLOPs / matmul rate, bytes / read bandwidth)\nof each pass, rates and bandwidth "
@@ -93,14 +94,33 @@ def pool_step() -> str:
         ]
         for case in cases
     ]
-    head = ["", "layers", "ours (ms a layer)", "grouped_mm (ms a layer)", "ratio", "ours to floor"]
-    return text + "\nBy the number of layers that share the pool:\n\n" + markdown(head, sweep)
+    head = [
+        "",
+        "layers",
+        "ours (ms per layer)",
+        "grouped_mm (ms per layer)",
+        "ratio",
+        "ours to floor",
+    ]
+    text += "\nBy the number of layers that share the pool:\n\n" + markdown(head, sweep)
+    return text + "\n" + pool_step_parts()
+
+
+def pool_step_parts() -> str:
+    cases = load("pool_step_parts")["results"]
+    parts = cases[0]["share"]
+    rows = [[case["dtype"], *(f"{case['share'][part]:.1%}" for part in parts)] for case in cases]
+    return (
+        "Where the time of the step goes, weight gradients deferred, as shares of the processor "
+        "time on one thread\n(`python bench/pool_step_parts.py`):\n\n"
+        + markdown(["", *parts], rows)
+    )
 
 
 def single_ops() -> str:
     f32, bf16, router = (result["ratio"] for result in load("ops_cpu")["results"][:3])
     return (
-        f"**Single ops** (`make bench`; same shape): `expert_mlp` forward {f32:.1f}x (float32) and "
+        f"## Single ops\n\n`make bench`, same shape: `expert_mlp` forward {f32:.1f}x (float32) and "
         f"{bf16:.1f}x (bfloat16) faster than sort,\ngather, `grouped_mm`, SwiGLU and scatter; "
         f"`norm_topk` forward and backward {router:.1f}x faster than the eager formula.\n"
     )
@@ -116,7 +136,7 @@ def integration() -> str:
         rows.append([r["case"], sizes, str(r["T"]), r["dtype"], *ratios])
     head = ["", "D, F, experts, k", "tokens", "dtype", *(f"`{peer}`" for peer in peers)]
     return (
-        "**Under Hugging Face models** (`python bench/bench_integration.py`): how much longer the "
+        "## Under Hugging Face models\n\n`python bench/bench_integration.py`: how much longer the "
         f"MoE blocks of {results[0]['layers']} layers take with\nother experts implementations "
         f"than with `unipool`; transformers {results[0]['transformers']}.\n\n"
         + markdown(head, rows)
@@ -130,40 +150,88 @@ def precision() -> str:
         ", ".join(f"{e[mode]:.1e}" for e in errors.values()) for mode in ("deferred", "autograd")
     )
     return (
-        f"**Precision** (`python bench/wgrad_precision.py`): relative error of a bfloat16 weight "
+        f"## Precision\n\n`python bench/wgrad_precision.py`: relative error of a bfloat16 weight "
         f"gradient over L = {layers} layers\nagainst the float64 sum: deferred {deferred}; "
         f"autograd's own additions {autograd}.\n"
     )
 
 
-def figures() -> str:
+def machine() -> str:
     torch = load("pool_step_cpu")["environment"]["torch"].split("+")[0]
+    return f"two cores of an AMD EPYC processor with AVX-512, torch {torch}"
+
+
+def benchmarks() -> str:
     head = (
-        f"All on two cores of an AMD EPYC processor with AVX-512, torch {torch}; each comes from a "
-        "JSON under `bench/results/`\nthrough `bench/update_docs.py`. Times of shared machines "
-        "vary: the ratios, measured in one run, are what counts.\n"
+        f"All on {machine()}; each comes from a JSON under `bench/results/`\nthrough "
+        "`bench/update_docs.py`. Times of shared machines vary: the ratios, measured in one run, "
+        "are what counts.\n"
     )
     return "\n".join([head, demo(), pool_step(), single_ops(), integration(), precision()])
 
 
-def updated(path: Path, figures: str) -> str:
-    """The text of `path` with `figures` between its marks."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"{path.name}: no {BEGIN.strip()} and {END.strip()}")
-    return before + BEGIN + figures + END + after
+def summary() -> str:
+    """The README's table: how many times faster, one line per claim."""
+    steps = {c["dtype"]: c for c in load("pool_step_cpu")["results"] if c["layers"] == MAIN_LAYERS}
+    f32, bf16, router = (result["ratio"] for result in load("ops_cpu")["results"][:3])
+
+    def step(peer: str) -> list[str]:
+        return [f"{steps[d]['ratio_to_ours'][peer]:.1f}x" for d in ("float32", "bfloat16")]
+
+    def training(model: str, peer: str) -> list[str]:
+        found = {r["dtype"]: r for r in load("integration")["results"] if r["case"] == model}
+        return [f"{found[d]['ratio_to_ours'][peer]:.1f}x" for d in ("float32", "bfloat16")]
+
+    case = steps["float32"]
+    pool = f"{case['layers']} layers on one pool of {case['experts']} experts, forward and backward"
+    mixtral, qwen = (f"{name} training step" for name in ("mixtral", "qwen3_moe"))
+    rows = [
+        [pool, "torch's `grouped_mm`", *step("grouped_mm")],
+        ["the same", "our ops, L dense weight gradients", *step("unipool autograd")],
+        [
+            "`expert_mlp`, forward",
+            "sort, gather, `grouped_mm`, SwiGLU",
+            f"{f32:.1f}x",
+            f"{bf16:.1f}x",
+        ],
+        ["`norm_topk`, forward and backward", "the eager formula", f"{router:.1f}x", ""],
+        ["MoE blocks of a Mixtral, training", "transformers' `eager`", *training(mixtral, "eager")],
+        ["the same", "transformers' `grouped_mm`", *training(mixtral, "grouped_mm")],
+        ["MoE blocks of a Qwen3-MoE, training", "the same", *training(qwen, "grouped_mm")],
+    ]
+    return (
+        f"How many times faster, on {machine()}:\n\n"
+        + markdown(["what", "than", "float32", "bfloat16"], rows)
+        + "\nSizes, spreads, floors, and the losses of the demo's models: "
+        "[docs/benchmarks.md](docs/benchmarks.md).\n"
+    )
+
+
+def updated(path: Path, texts: dict[str, str]) -> str:
+    """The text of `path` with each of `texts` between the marks of its name."""
+    page = path.read_text()
+    for name, text in texts.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            sys.exit(f"{path.name}: no {begin.strip()} and {end.strip()}")
+        page = before + begin + text + end + after
+    return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
+    docs = ROOT / "docs"
     pages = {
-        ROOT / "README.md": figures(),
-        ROOT / "docs" / "evidence.md": evidence(load("evidence")),
+        ROOT / "README.md": {"figures": summary()},
+        docs / "benchmarks.md": {"figures": benchmarks()},
+        docs / "choosing.md": choosing(load("pool_step_cpu")),
+        docs / "evidence.md": {"figures": evidence(load("evidence"))},
     }
-    texts = {path: updated(path, text) for path, text in pages.items()}
+    texts = {path: updated(path, parts) for path, parts in pages.items()}
     page = hardware_table.PAGE.read_text()
     try:
         texts[hardware_table.PAGE] = hardware_table.updated(page, hardware_table.committed_runs())

@@ -34,28 +34,38 @@ _POSITIVE_SIZES = (
 class UniPoolConfig(PreTrainedConfig):
     """Everything that defines a UniPool model; defaults are the 182m scale of arXiv:2605.06665.
 
-    Experts: `num_pools` pools (G in [1, L]) of `num_experts` SwiGLU experts each; the width F of
-    *one* expert is `intermediate_size`. Layer l uses pool floor(l * G / L): G = 1 is UniPool,
-    G = num_hidden_layers is layer-private ("vanilla") MoE. A token takes `num_experts_per_tok`
-    experts in each layer, in [1, min(num_experts, 16)].
-    `layer_experts`: None (every layer sees its whole pool), or for each layer the list of the ids
-    of the experts that it sees, at least `num_experts_per_tok`, in the order of its router's rows.
-    For that layer the others do not exist; its router is one of a pool of those experts.
-    `router`: "norm" (NormRouter), "softmax" or "recurrent" (RecurrentRouter; arXiv:2408.06793), the
-    last with a state of `router_state_size` numbers a token (default: hidden_size, at most 256) and
-    `router_scoring`, "softmax" (default, as published) or "norm"; both are None for other routers.
-    `norm_topk_prob` makes the chosen softmax weights sum to one; with one expert a token the router
-    would get no gradient, so that is refused.
-    `balance`: "pool" (one loss a pool over all its layers), "layer" (one loss a layer) or "none";
-    `balance_coefficient` is its weight, and `balance_delay` tells whether the expert fractions come
-    from the previous micro-batch (1, as published) or from the same one (0, exact).
-    `weight_grad`: how the layers' gradients of a pool are summed: "deferred" (one product for all
-    layers), "accumulate" or "autograd"; see ExpertPool. Equal but for rounding.
-    The softmax router with G = num_hidden_layers and balance = "layer" is the usual MoE baseline.
+    A Llama backbone whose MLPs are experts of pools. Layer l uses pool floor(l * G / L): G = 1 is
+    UniPool, G = num_hidden_layers is layer-private ("vanilla") MoE. The softmax router with
+    G = num_hidden_layers and balance = "layer" is the usual MoE baseline.
 
-    The rest means what it means in LlamaConfig; RoPE follows transformers 5 (`rope_parameters`, or
-    `rope_theta=` as a shorthand), with base 1e6 by default.
-    Raises ValueError, one line, for every combination that no model could be built from.
+    What is not listed means what it means in LlamaConfig; RoPE follows transformers 5
+    (`rope_parameters`, or `rope_theta=` as a shorthand), with base 1e6 by default.
+
+    Attributes:
+        num_pools: G in [1, num_hidden_layers].
+        num_experts: M, the SwiGLU experts of one pool.
+        intermediate_size: F, the width of *one* expert.
+        num_experts_per_tok: k, the experts of a token in each layer, in [1, min(M, 16)].
+        layer_experts: None (every layer sees its whole pool), or for each layer the list of the ids
+            of the experts that it sees, at least k, in the order of its router's rows. For that
+            layer the others do not exist; its router is one of a pool of those experts.
+        router: "norm" (NormRouter), "softmax" or "recurrent" (RecurrentRouter; arXiv:2408.06793).
+        router_state_size: of the recurrent router, the numbers per token of its state (default:
+            hidden_size, at most 256); None for others.
+        router_scoring: of the recurrent router, "softmax" (default, as published) or "norm"; None
+            for others.
+        norm_topk_prob: makes the chosen softmax weights sum to one; with one expert per token the
+            router would get no gradient, so that is refused.
+        balance: "pool" (one loss per pool over all its layers), "layer" (one loss per layer) or
+            "none".
+        balance_coefficient: the weight of the balance loss.
+        balance_delay: whether the expert fractions come from the previous micro-batch (1, as
+            published) or from the same one (0, exact).
+        weight_grad: how the layers' gradients of a pool are summed: "deferred" (one product for all
+            layers), "accumulate" or "autograd"; see ExpertPool. Equal but for rounding.
+
+    Raises:
+        ValueError: one line, for every combination that no model could be built from.
     """
 
     model_type = "unipool"

@@ -29,7 +29,8 @@ class PoolBalancer(nn.Module):
     root of the model, outside any recomputed region: the state then cannot be counted twice.
 
     Args:
-        num_experts: M. coefficient: alpha.
+        num_experts: M.
+        coefficient: alpha.
         delay: 0 takes f from the same call; 1 from the previous call in training mode (the paper's
             choice; the loss of the very first call is zero).
 

@@ -18,7 +18,9 @@ class ExpertPool(nn.Module):
     transformers' experts, so weights move both ways without a copy.
 
     Args:
-        num_experts: M. d_model: D. d_ff: F, the width of one expert.
+        num_experts: M.
+        d_model: D.
+        d_ff: F, the width of one expert.
         weight_grad: how a pass (begin_pass) forms the weights' gradient over its layers.
             "deferred": one grouped product over the rows of all layers, after the last of them;
             "accumulate": each layer adds to a float32 sum, touching only experts with tokens;
@@ -27,7 +29,8 @@ class ExpertPool(nn.Module):
             and goes on; None takes a quarter of the memory that is free when a pass begins.
 
     Attributes:
-        gate_up_proj: [M, 2F, D], gate rows first. down_proj: [M, D, F].
+        gate_up_proj: [M, 2F, D], gate rows first.
+        down_proj: [M, D, F].
     """
 
     def __init__(

@@ -193,7 +193,8 @@ class PoolPass:
     """A pool in one forward pass of the model; layers call it in the pool's place.
 
     Attributes:
-        gate_up: [M, 2F, D], down: [M, D, F], in the dtype of the computation.
+        gate_up: [M, 2F, D], in the dtype of the computation.
+        down: [M, D, F], in the same.
         collector: where layers leave their weight gradients; None in mode "autograd".
     """
 

@@ -37,7 +37,9 @@ class RecurrentRouter(nn.Module):
     for float64 inputs), also under autocast and with narrower parameters.
 
     Args:
-        d_model: D. num_experts: M of the pool. top_k: experts a token, at most min(M, 16).
+        d_model: D.
+        num_experts: M of the pool.
+        top_k: experts per token, at most min(M, 16).
         d_state: p, the width of the state.
         scoring: "softmax", as published, or "norm", the scores of NormRouter.
         renormalize: with "softmax", divide the k weights by their sum; refused for top_k = 1, where
@@ -45,8 +47,10 @@ class RecurrentRouter(nn.Module):
         eps: with "norm", guards rows of zeros.
 
     Attributes:
-        proj.weight: A, [p, D]. weight: W, [M, p].
-        scale, calibration: with "norm", as in NormRouter; else None.
+        proj: its weight is A, [p, D].
+        weight: W, [M, p].
+        scale: with "norm", as in NormRouter; else None.
+        calibration: with "norm", as in NormRouter; else None.
     """
 
     def __init__(
@@ -103,7 +107,8 @@ class RecurrentRouter(nn.Module):
         """Route the tokens of one layer.
 
         Args:
-            x: [T, D]. cell: the GRUCell(p, p) of all layers.
+            x: [T, D].
+            cell: the GRUCell(p, p) of all layers.
             state: [T, p] as the layer below returned it for the same tokens; None (zeros) in the
                 lowest layer.
             mask: [M] bool, True hides an expert.

@@ -89,11 +89,14 @@ class NormRouter(_Router):
     """UniPool's router: top-k of scale * c * relu(z / |z|_2), z = x W^T (arXiv:2605.06665).
 
     Args:
-        d_model: D. num_experts: M of the pool. top_k: experts a token, at most min(M, 16).
+        d_model: D.
+        num_experts: M of the pool.
+        top_k: experts per token, at most min(M, 16).
         eps: guards rows of zeros.
 
     Attributes:
-        weight: [M, D]. scale: the learnable sigma, a float32 scalar, 1 at the start.
+        weight: [M, D].
+        scale: the learnable sigma, a float32 scalar, 1 at the start.
         calibration: the constant c(M, k), a float.
     """
 
@@ -134,7 +137,9 @@ class SoftmaxRouter(_Router):
     """The router of layer-private baselines: top-k of softmax(x W^T), not renormalised by default.
 
     Args:
-        d_model: D. num_experts: M. top_k: experts a token, at most min(M, 16).
+        d_model: D.
+        num_experts: M.
+        top_k: experts per token, at most min(M, 16).
         renormalize: divide the k weights by their sum; refused for top_k = 1, where the router
             would get no gradient from the task.
     """

@@ -205,7 +205,8 @@ def expert_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Te
     Args:
         x: [T, D] tokens.
         routing: of the T tokens, weights [T, k] and experts [T, k]; ids outside [0, M) add nothing.
-        gate_up: [M, 2F, D], gate rows first; down: [M, D, F]; both in the dtype of x.
+        gate_up: [M, 2F, D], gate rows first, in the dtype of x.
+        down: [M, D, F], in the dtype of x.
 
     Returns:
         [T, D] in the dtype of x. Saved for backward: x and the pre-activations [T * k, 2F].

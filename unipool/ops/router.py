@@ -191,7 +191,8 @@ def norm_topk(
         logits: [T, M] float32, bfloat16, float64 (CPU) or float16 (CUDA).
         scale: the learnable sigma, one element, float32 (float64 for float64 logits).
         top_k: experts a token, at most min(M, 16).
-        calibration: the constant c; eps: guards a row of zeros.
+        calibration: the constant c.
+        eps: guards a row of zeros.
         bias: [M], added to s for the choice only; gets no gradient.
         mask: [M] bool, True hides an expert: no part in the norm, never chosen. Where fewer than k
             experts are left, the spare slots have id -1 and weight 0.
@@ -226,7 +227,8 @@ def softmax_topk(
         top_k: experts a token, at most min(M, 16).
         renormalize: divide the k weights by their sum. Refused for top_k = 1, where every weight
             would be 1 and the router would get no gradient from the task.
-        bias, mask: as for norm_topk.
+        bias: as for norm_topk.
+        mask: as for norm_topk.
 
     Returns:
         Routing; importance sums the probabilities of all experts. Gradients reach logits from
