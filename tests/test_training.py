@@ -195,12 +195,13 @@ def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
     assert equal_weights(weights(config), weights(uninterrupted))
 
 
-# `unipool`, with the plain attention that conftest.py chooses on a GPU: bits are compared.
+# `unipool`, with the plain attention on a GPU that conftest.py chooses there: bits are compared.
 COMMAND = """
 import sys, torch
-torch.backends.cuda.enable_flash_sdp(False)
-torch.backends.cuda.enable_mem_efficient_sdp(False)
-torch.backends.cuda.enable_cudnn_sdp(False)
+if "--device=cuda" in sys.argv:
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 from unipool import cli
 sys.exit(cli.main())
 """
