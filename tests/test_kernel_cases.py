@@ -68,7 +68,7 @@ def chosen_tile(kind, rows: int, experts: int, n: int, k: int, dtype, device) ->
 
 def rows_for_every_tile(products, experts: int, dtype, device) -> list[int]:
     """Numbers of rows with which each of the products, (kind, n, k), runs on every tile."""
-    found = {300}  # more than any tile has
+    found = {40, 300}  # more per expert than the smallest, than any tile has
     for kind, n, k in products:
         missing = tiles_of(kind, dtype)
         for rows in (round(4 * 1.2**i) for i in range(60)):
@@ -108,7 +108,8 @@ def test_experts_on_every_tile(spec, M, k, D, F, routing, dtype, device):
     [
         pytest.param(70, 2, 2, 331, 267, "one", id="long"),
         pytest.param(70, 2, 2, 329, 265, "one", id="long-by-1"),  # of a last word, one element
-        pytest.param(70, 1, 1, 1857, 25, "dropped", id="wide"),
+        pytest.param(70, 2, 2, 97, 105, "one", id="short"),
+        pytest.param(100, 1, 1, 1857, 25, "dropped", id="wide"),
         pytest.param(90, 400, 1, 19, 13, "dropped", id="pool"),
     ],
 )
