@@ -240,7 +240,7 @@ def missing_package(path: Path) -> str:
 def test_files() -> Iterator[Path]:
     """Not those of the software GPU itself, nor of this check."""
     for path in sorted(TESTS.rglob("test_*.py")):
-        if path.parent.name not in ("softgpu", "emulation") and path.stem != "test_gpu_check":
+        if path.parent.name != "softgpu" and path.stem != "test_gpu_check":
             yield path
 
 
@@ -256,7 +256,7 @@ def test_steps(out: Path, rehearse: bool, workers: int) -> list[Step]:
     command = (sys.executable, "-m", "pytest", "-q", "-k", which, "-p", "no:cacheprovider",
                *parallel, "--junitxml", out / "tests.xml", *files)  # fmt: skip
     # Nothing is compiled in this step.
-    steps.append(Step("tests", 120, command, environment={"UNIPOOL_EMULATION": "off"}))
+    steps.append(Step("tests", 120, command))
     return steps
 
 
