@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(
             f"the command line needs typer: {_EXTRA} (only `unipool doctor` works without)"
         )
-    from unipool.training.errors import InputError, TrainingError
+    from unipool.errors import InputError, TrainingError
 
     try:
         return app(args=arguments, prog_name="unipool", standalone_mode=False) or 0
@@ -255,10 +255,12 @@ if typer is not None:
         ] = "auto",
     ) -> None:
         """Write some text with a trained model."""
-        from unipool.training.generate import find_model, generate_text, load_model
+        from unipool.checkpoints import find_model
+        from unipool.models.generation import generate_text
+        from unipool.models.loading import load_model
 
         find_model(model)  # before the slow imports, so that a wrong path shows at once
-        from unipool.training.run import resolve_device
+        from unipool.models.loading import resolve_device
 
         loaded, text_tokenizer = load_model(model, resolve_device(device))
         print(generate_text(loaded, text_tokenizer, prompt, max_new_tokens, temperature, seed))
@@ -277,7 +279,7 @@ if typer is not None:
 
 def _train(given: dict, resume: bool) -> None:
     """Run `unipool train` with the options `given` on the command line."""
-    from unipool.training.errors import InputError
+    from unipool.errors import InputError
 
     out = given.get("out", TrainConfig.out)
     if resume:
@@ -293,7 +295,7 @@ def _train(given: dict, resume: bool) -> None:
 
     console = Console()
     result = run_training(config, resume=resume, console=console)
-    if result.evaluation is None:
+    if result.validation is None:
         again = f"unipool train --resume --out {out}"
         console.print(f"stopped after step {result.step}; go on with: {again}", soft_wrap=True)
         raise typer.Exit(128 + result.signal)

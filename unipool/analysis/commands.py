@@ -43,7 +43,8 @@ def probe(
 ) -> None:
     """Give one layer at a time random experts, and see what that costs."""
     from unipool.analysis.probe import run_probe
-    from unipool.analysis.text import check_writable, load_subject
+    from unipool.analysis.subject import load_subject
+    from unipool.report.output import check_writable
 
     for path in (json_file, plot):
         check_writable(path)
@@ -61,14 +62,14 @@ def probe(
     )
     _show_probe(result, subject)
     if json_file is not None:
-        from unipool.training.checkpoint import write_text
+        from unipool.files import write_text
 
         about = {"checkpoint": str(subject.folder), "text": subject.source}
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(json_file, json.dumps(about | result.to_dict(), indent=1) + "\n")
     if plot is not None:
         from unipool.analysis.figures import probe_figure
-        from unipool.training.page import png
+        from unipool.report.page import png
 
         plot.parent.mkdir(parents=True, exist_ok=True)
         plot.write_bytes(png(probe_figure(result)))
@@ -90,8 +91,9 @@ def analyze(
 ) -> None:
     """Describe what the routers of a model do: load, entropy, layers compared, experts compared."""
     from unipool.analysis.report import write_analysis
+    from unipool.analysis.subject import load_subject
     from unipool.analysis.summary import analyze as analyze_model
-    from unipool.analysis.text import check_writable, load_subject
+    from unipool.report.output import check_writable
 
     check_writable(out / "report.html")
     subject = load_subject(
@@ -121,7 +123,7 @@ def _show_probe(result, subject) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from unipool.training.tables import with_spread
+    from unipool.report.tables import with_spread
 
     console = Console()
     console.print(

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from unipool.analysis.probe import Probe
 from unipool.analysis.summary import Analysis
-from unipool.training.page import COLORS, PLOT
+from unipool.report.page import COLORS, PLOT
 
 _BLUE, _ORANGE, _GREEN = COLORS[:3]
 _STYLE = PLOT | {"axes.grid": False}

@@ -10,8 +10,8 @@ import numpy as np
 import unipool
 from unipool.analysis.figures import analysis_figures
 from unipool.analysis.summary import Analysis
-from unipool.training.checkpoint import write_text
-from unipool.training.page import document, image, paragraphs, png, table
+from unipool.files import write_text
+from unipool.report.page import document, image, paragraphs, png, table
 
 _LAYER_COLUMNS = (
     ("layer", "layer", "{}"),

@@ -96,8 +96,9 @@ def compare(
     """
     from rich.console import Console
 
-    from unipool.compare.sweep import Sweep, run_sweep
-    from unipool.training.errors import InputError, TrainingError
+    from unipool.compare.run import run_sweep
+    from unipool.compare.sweep import Sweep
+    from unipool.errors import InputError, TrainingError
 
     given = {
         name: value
@@ -125,7 +126,7 @@ def _new_sweep(given: dict, scale: str, seeds: str):
     from unipool.compare.grid import Axes, Baseline, Size, grid
     from unipool.compare.presets import PRESETS, preset_variants, training, with_baselines
     from unipool.compare.sweep import Sweep
-    from unipool.training.errors import InputError
+    from unipool.errors import InputError
 
     parsers = {
         "router": str,
@@ -157,7 +158,7 @@ def _new_sweep(given: dict, scale: str, seeds: str):
 
 def _values(name: str, text: str, parse) -> tuple:
     """The values of a list with commas; InputError for one that `parse` cannot read."""
-    from unipool.training.errors import InputError
+    from unipool.errors import InputError
 
     try:
         return tuple(parse(part.strip()) for part in text.split(","))

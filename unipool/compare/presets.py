@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 from unipool.compare.grid import Axes, Baseline, Size, Variant, distinct, grid, vanilla
-from unipool.training.errors import InputError
+from unipool.errors import InputError
 
 _POOL_SIZES = tuple(Size(fraction=f) for f in (0.416, 0.5, 0.667, 0.833, 1.0))
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from unipool.compare.figures import sweep_figures
-from unipool.training.checkpoint import write_text
-from unipool.training.page import document, image, paragraphs, png, table
-from unipool.training.tables import markdown, with_spread
+from unipool.files import write_text
+from unipool.report.page import document, image, paragraphs, png, table
+from unipool.report.tables import markdown, with_spread
 
 _HEAD = (
     "model",

@@ -11,18 +11,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from unipool.compare.grid import Baseline, Variant
-from unipool.compare.members import Member, run_members
-from unipool.compare.report import show, write_results
-from unipool.compare.summary import summarize
-from unipool.training.checkpoint import write_text
+from unipool.compare.members import Member
+from unipool.errors import InputError
 from unipool.training.config import TrainConfig
-from unipool.training.errors import InputError
-from unipool.training.run import check_new, locked, open_data, resolve_device
 
-_FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class Sweep:
     @classmethod
     def load(cls, out: Path) -> "Sweep":
         """The sweep in folder `out`; InputError if there is none."""
-        path = Path(out) / _FILE
+        path = Path(out) / SWEEP_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values["variants"] = tuple(Variant(**variant) for variant in values["variants"])
@@ -71,43 +65,3 @@ class Sweep:
             raise InputError(f"--resume: {out} holds no sweep: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a sweep: {error}") from error
-
-
-def run_sweep(
-    sweep: Sweep, out: Path, *, jobs: int = 1, resume: bool = False, console: Console | None = None
-) -> tuple[dict, int | None]:
-    """Train what is missing, then write the results; returns them and the signal that stopped it.
-
-    Raises InputError, before anything is written, for members that cannot be: the first one's
-    reason.
-    """
-    console = console or Console(quiet=True)
-    out = Path(out)
-    if not resume:
-        check_new(out, _FILE, "sweep")
-    _check_members(sweep, out)
-    with locked(out):
-        write_text(out / _FILE, sweep.to_json())
-        members = sweep.members(out)
-        console.print(
-            f"{len(sweep.variants)} models x {len(sweep.seeds)} seeds, {jobs} at a time",
-            highlight=False,
-        )
-        stopped = run_members(members, jobs, console)
-        results = summarize(sweep, members)
-        page = write_results(out, results)
-    show(console, results, page)
-    return results, stopped
-
-
-def _check_members(sweep: Sweep, out: Path) -> None:
-    """Each model can be built, and each seed's text is long enough; leaves the text tokenised."""
-    resolve_device(sweep.options.get("device", "auto"))
-    for seed in sweep.seeds:
-        configs = {variant: sweep.config(variant, seed, out) for variant in sweep.variants}
-        data, _ = open_data(next(iter(configs.values())), out)
-        for variant, config in configs.items():
-            try:
-                config.model_config(data.vocab_size, data.separator)
-            except InputError as error:
-                raise InputError(f"{variant.name}: {error}") from error

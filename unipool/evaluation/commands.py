@@ -42,8 +42,9 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="file for the numbers")] = None,
 ) -> None:
     """Score a model on zero-shot tasks, with lm-evaluation-harness."""
-    from unipool.analysis.text import check_writable, checked_model
+    from unipool.checkpoints import checked_model
     from unipool.evaluation.local import PAPER_TASKS
+    from unipool.report.output import check_writable
 
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError('`unipool eval` needs lm-eval: pip install "unipool[eval]"')
@@ -57,15 +58,15 @@ def evaluate(
     about |= described
     _show(about, scores)
     if json_file is not None:
-        from unipool.training.checkpoint import write_text
+        from unipool.files import write_text
 
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_text(json_file, json.dumps(about | scores.to_dict(), indent=1) + "\n")
 
 
 def _read_rows(data: Path, names: list[str]) -> dict:
+    from unipool.errors import InputError
     from unipool.evaluation.local import LOCAL_TASKS, read_rows
-    from unipool.training.errors import InputError
 
     for name in names:
         if name not in LOCAL_TASKS:
@@ -85,11 +86,10 @@ def _score(
     max_length: int | None,
 ):
     """(how it was done, for the reader of the numbers; the scores) of the model in `folder`."""
-    from unipool.analysis.text import find_run
     from unipool.evaluation.harness import HarnessModel, quiet, score_tasks
     from unipool.evaluation.tasks import load_tasks
-    from unipool.training.generate import load_model
-    from unipool.training.run import resolve_device
+    from unipool.models.loading import load_model, resolve_device
+    from unipool.training.config import find_run
 
     device, run = resolve_device(device), find_run(folder)
     with quiet():
@@ -108,7 +108,7 @@ def _score(
 
 
 def _max_length(trained: int | None, config, given: int | None) -> int:
-    from unipool.training.errors import InputError
+    from unipool.errors import InputError
 
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = given or trained or own or 2048

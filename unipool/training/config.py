@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from unipool.training.errors import InputError
+from unipool.errors import InputError
 
 _MODEL_FIELDS = {  # option -> field of the model's configuration
     "d_model": "hidden_size",
@@ -148,6 +148,14 @@ class TrainConfig:
             )
         except (ValueError, TypeError) as error:
             raise InputError(str(error).strip().splitlines()[0]) from error
+
+
+def find_run(folder: Path) -> tuple[Path, TrainConfig] | None:
+    """The run that `folder` (model, or checkpoints/step-N) lies in, and its options, if any."""
+    for run in (folder.parent, folder.parent.parent):
+        if (run / "data.key").exists() and (run / "config.json").exists():
+            return run, TrainConfig.load(run / "config.json")
+    return None
 
 
 def plain(name: str, value):

@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 import unipool
+from unipool.errors import InputError
+from unipool.files import write_text
 from unipool.models import parameter_counts
-from unipool.training.callbacks import mean_rate, read_metrics
-from unipool.training.checkpoint import write_text
+from unipool.models.generation import generate_text
+from unipool.models.loading import load_model
+from unipool.report.runs import write_report
 from unipool.training.config import TrainConfig
-from unipool.training.errors import InputError
-from unipool.training.generate import generate_text, load_model
-from unipool.training.report import write_report
+from unipool.training.metrics import mean_rate, read_metrics
 from unipool.training.run import RunResult, run_training
 
 LAYERS = 4
@@ -152,11 +153,11 @@ def _entry(name: str, config: TrainConfig, result: RunResult) -> dict:
         "params_total": counts["total"],
         "params_expert": counts["expert"],
         "params_active": counts["active"],
-        "val_loss": result.evaluation.loss,
-        "val_bits_per_byte": result.data.bits_per_byte(result.evaluation.loss),
+        "val_loss": result.validation.loss,
+        "val_bits_per_byte": result.data.bits_per_byte(result.validation.loss),
         "train_loss": [[row["step"], row["lm_loss"]] for row in rows],
         "tokens_per_second": mean_rate(rows),
-        "load": result.evaluation.load,
+        "load": result.validation.load,
     }
 
 

@@ -28,15 +28,15 @@ def convert(
     ] = False,
 ) -> None:
     """Turn layer-private experts into one pool, or back; the outputs stay the same."""
-    from unipool.training.errors import InputError
-    from unipool.training.generate import find_model
+    from unipool.checkpoints import find_model
+    from unipool.errors import InputError
 
     if balance is not None and to != "shared":
         raise InputError("--balance must be left out unless --to is shared")
     if untie and to == "shared":
         raise InputError("--untie must be left out with --to shared")
     find_model(source)  # before the slow imports, so that a wrong path shows at once
-    from unipool.training.rewrite import convert_folder
+    from unipool.models.folders import convert_folder
 
     config = convert_folder(source, out, to, balance=balance, untie=untie)
     print(f"model: {out} ({_pools(config)})")
@@ -70,11 +70,11 @@ def resize(
     seed: Annotated[int, typer.Option(help="of what is drawn", min=0)] = 0,
 ) -> None:
     """Add experts to the pools, or drop some; a checkpoint's optimizer goes along."""
-    from unipool.training.generate import find_model
+    from unipool.checkpoints import find_model
 
     chosen = None if ids is None else _ids(ids)
     find_model(source)
-    from unipool.training.rewrite import resize_folder
+    from unipool.models.folders import resize_folder
 
     origins = resize_folder(
         source, out, experts, add=add, show=show, experts=chosen, load=load, seed=seed
@@ -91,7 +91,7 @@ def _pools(config) -> str:
 
 
 def _ids(text: str) -> list:
-    from unipool.training.errors import InputError
+    from unipool.errors import InputError
 
     try:
         pools = [[int(part) for part in pool.split(",")] for pool in text.split("/")]

@@ -10,8 +10,8 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
-from unipool.training.checkpoint import write_text
-from unipool.training.page import COLORS, PLOT, document, image, paragraphs, png, table
+from unipool.files import write_text
+from unipool.report.page import COLORS, PLOT, document, image, paragraphs, png, table
 
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 COLUMNS = (

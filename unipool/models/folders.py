@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, MixtralForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from unipool.checkpoints import find_model
+from unipool.errors import InputError, TrainingError
+from unipool.files import MANIFEST, complete_folder
 from unipool.models import UniPoolConfig, UniPoolForCausalLM
 from unipool.models.convert import check_mixtral, from_mixtral, to_mixtral, to_private, to_shared
 from unipool.models.resize import resize_pool
-from unipool.training.checkpoint import MANIFEST, complete_folder
-from unipool.training.errors import InputError, TrainingError
-from unipool.training.generate import find_model
 
 TARGETS = ("shared", "private", "mixtral")
 OPTIMIZER = "optimizer.pt"
