@@ -58,11 +58,11 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 if typer is not None:
-    from unipool.analysis.commands import analyze, probe
-    from unipool.compare.commands import compare
-    from unipool.evaluation.commands import evaluate
+    from unipool.cli.compare import compare
+    from unipool.cli.eval import evaluate
+    from unipool.cli.probe import analyze, probe
+    from unipool.cli.resize import convert, resize
     from unipool.training.config import TrainConfig, plain, with_last_rate
-    from unipool.training.rewrite_commands import convert, resize
 
     app = typer.Typer(
         help="Mixture-of-Experts models whose layers share one pool of experts.",
@@ -300,7 +300,3 @@ def _train(given: dict, resume: bool) -> None:
         console.print(f"stopped after step {result.step}; go on with: {again}", soft_wrap=True)
         raise typer.Exit(128 + result.signal)
     console.print(f"model: {Path(out, 'model')}", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
