@@ -1,120 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`unipool eval`; what it needs is imported when it runs."""
+"""`unipool eval`."""
 
-import importlib.util
-import json
-from pathlib import Path
-from typing import Annotated, Literal
-
-import typer
+from unipool.cli.options import command
+from unipool.configs import EvalConfig
 
 
-def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="run, checkpoint of one, or Hugging Face model folder")
-    ],
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="task, by its name in lm-evaluation-harness; repeatable [arc_easy, arc_challenge, "
-            "piqa, hellaswag, winogrande, lambada_openai, race]"
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="folder of <task>.jsonl or .json files, rows with the fields of the task's data "
-            "on the hub: evaluates offline [the hub's data]"
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="documents a task, the first ones [all]", min=1)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="requests at a time", min=1)] = 8,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="tokens that the model sees at a time [seq_len of the run, else the model's own]",
-            min=2,
-        ),
-    ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where to run")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="file for the numbers")] = None,
-) -> None:
+@command(EvalConfig)
+def evaluate(given: dict) -> None:
     """Score a model on zero-shot tasks, with lm-evaluation-harness."""
-    from unipool.checkpoints import checked_model
-    from unipool.evaluation.local import PAPER_TASKS
-    from unipool.report.output import check_writable
+    config = EvalConfig(**given)
+    from unipool.evaluation.run import run_evaluation
+    from unipool.report.output import write_json
 
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError('`unipool eval` needs lm-eval: pip install "unipool[eval]"')
-    check_writable(json_file)
-    folder = checked_model(checkpoint)
-    names = list(dict.fromkeys(task or PAPER_TASKS))
-    rows = None if data is None else _read_rows(data, names)
-    about = {"checkpoint": str(folder), "data": "hub" if data is None else str(data)}
-    options = {"limit": limit, "batch_size": batch_size, "max_length": max_length}
-    described, scores = _score(folder, names, rows, device, **options)
-    about |= described
+    about, scores = run_evaluation(config)
     _show(about, scores)
-    if json_file is not None:
-        from unipool.files import write_text
-
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(json_file, json.dumps(about | scores.to_dict(), indent=1) + "\n")
-
-
-def _read_rows(data: Path, names: list[str]) -> dict:
-    from unipool.errors import InputError
-    from unipool.evaluation.local import LOCAL_TASKS, read_rows
-
-    for name in names:
-        if name not in LOCAL_TASKS:
-            allowed = ", ".join(LOCAL_TASKS)
-            raise InputError(f"--task {name}: with --data it must be one of {allowed}")
-    return {name: read_rows(data, name) for name in names}
-
-
-def _score(
-    folder: Path,
-    names: list[str],
-    rows: dict | None,
-    device: str,
-    *,
-    limit: int | None,
-    batch_size: int,
-    max_length: int | None,
-):
-    """(how it was done, for the reader of the numbers; the scores) of the model in `folder`."""
-    from unipool.evaluation.harness import HarnessModel, quiet, score_tasks
-    from unipool.evaluation.tasks import load_tasks
-    from unipool.models.loading import load_model, resolve_device
-    from unipool.training.config import find_run
-
-    device, run = resolve_device(device), find_run(folder)
-    with quiet():
-        tasks = load_tasks(names, rows)
-        model, tokenizer = load_model(folder, device)
-        length = _max_length(run and run[1].seq_len, model.config, max_length)
-        options = {"max_length": length, "batch_size": batch_size, "special_tokens": run is None}
-        scores = score_tasks(HarnessModel(model, tokenizer, **options), tasks, limit)
-    about = {
-        "model": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device,
-        "limit": limit,
-    }
-    return about | options, scores
-
-
-def _max_length(trained: int | None, config, given: int | None) -> int:
-    from unipool.errors import InputError
-
-    own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = given or trained or own or 2048
-    if own is not None and length > own:
-        raise InputError(f"--max-length must be in [2, {own}], got {length}")
-    return length
+    if config.json is not None:
+        write_json(config.json, about | scores.to_dict())
 
 
 def _show(about: dict, scores) -> None:

@@ -9,10 +9,19 @@ from unipool.compare.members import run_members
 from unipool.compare.report import show, write_results
 from unipool.compare.summary import summarize
 from unipool.compare.sweep import SWEEP_FILE, Sweep
+from unipool.configs import CompareConfig
 from unipool.errors import InputError
 from unipool.files import write_text
 from unipool.models.loading import resolve_device
 from unipool.training.run import check_new, locked, open_data
+
+
+def run_compare(
+    config: CompareConfig, *, resume: bool = False, console: Console | None = None
+) -> tuple[dict, int | None]:
+    """As run_sweep, on the sweep that `config` describes; `resume`: on the one in its folder."""
+    sweep = Sweep.load(config.out) if resume else Sweep.of(config)
+    return run_sweep(sweep, config.out, jobs=config.jobs, resume=resume, console=console)
 
 
 def run_sweep(

@@ -11,12 +11,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from unipool.compare.grid import Baseline, Variant
+from unipool.compare.grid import Axes, Baseline, Size, Variant, grid
 from unipool.compare.members import Member
+from unipool.compare.presets import PRESETS, preset_variants, training, with_baselines
+from unipool.configs import CompareConfig
 from unipool.errors import InputError
-from unipool.training.config import TrainConfig
+from unipool.training.config import TrainConfig, with_last_rate
 
 SWEEP_FILE = "sweep.json"
+_SHARED = ("data", "field", "tokenizer", "seq_len", "batch_size", "accumulate", "steps", "lr")
+_SHARED += ("init_std", "eval_tokens", "save_every", "device", "precision")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class Sweep:
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds must be distinct numbers, got {list(self.seeds)}")
+
+    @classmethod
+    def of(cls, config: CompareConfig) -> "Sweep":
+        """What the options say; InputError, in one line, for what cannot be."""
+        baseline = Baseline.of(config.scale)
+        variants = with_baselines(_chosen(config, baseline), baseline)
+        options = training(config.scale) | {"data": ()} | with_last_rate(_shared_options(config))
+        return cls(config.scale, tuple(variants), config.seeds, options)
 
     def config(self, variant: Variant, seed: int, out: Path) -> TrainConfig:
         folder = Path(out) / "runs" / variant.name / f"seed-{seed}"
@@ -65,3 +77,26 @@ class Sweep:
             raise InputError(f"--resume: {out} holds no sweep: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a sweep: {error}") from error
+
+
+def _chosen(config: CompareConfig, baseline: Baseline) -> list[Variant]:
+    """The models of the presets, or of the grid."""
+    axes = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(Axes)}
+    axes = {name: values for name, values in axes.items() if values is not None}
+    if bool(config.preset) == bool(axes):
+        raise InputError(
+            f"give either --preset ({', '.join(PRESETS)}) or axes of a grid "
+            "(--router, --pools, --pool-size, --balance, --delay, --granularity)"
+        )
+    if config.preset:
+        return preset_variants(config.preset, baseline)
+    if "pool_size" in axes:
+        axes["pool_size"] = tuple(map(Size.parse, axes["pool_size"]))
+    return grid(baseline, Axes(**axes))
+
+
+def _shared_options(config: CompareConfig) -> dict:
+    """The fields of TrainConfig that were given."""
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(CompareConfig)}
+    given = {name: getattr(config, name) for name in _SHARED}
+    return {name: value for name, value in given.items() if value != defaults[name]}

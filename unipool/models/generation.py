@@ -3,7 +3,17 @@
 
 import torch
 
+from unipool.configs import GenerateConfig
 from unipool.errors import InputError
+from unipool.models.loading import load_model, resolve_device
+
+
+def generate(config: GenerateConfig) -> str:
+    """The prompt, and what the model of a folder writes after it. Raises InputError."""
+    model, tokenizer = load_model(config.model, resolve_device(config.device))
+    return generate_text(
+        model, tokenizer, config.prompt, config.max_new_tokens, config.temperature, config.seed
+    )
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import unipool
+from unipool.configs import DemoConfig
 from unipool.errors import InputError
 from unipool.files import write_text
 from unipool.models import parameter_counts
@@ -74,7 +75,7 @@ class DemoInterruptedError(Exception):
         self.signal = signal
 
 
-def demo_configs(out: Path, steps: int, seed: int, device: str) -> dict[str, TrainConfig]:
+def demo_configs(config: DemoConfig) -> dict[str, TrainConfig]:
     """The three runs by name. Same data, order, active size, steps and learning rate."""
     total = LAYERS * EXPERTS_A_LAYER
     forms = {
@@ -82,38 +83,35 @@ def demo_configs(out: Path, steps: int, seed: int, device: str) -> dict[str, Tra
         "shared-pool": {"form": "unipool", "pool_size": total},
         "half-pool": {"form": "unipool", "pool_size": total // 2},
     }
-    common = _SHAPE | _TRAINING | {"steps": steps, "seed": seed, "device": device}
+    common = _SHAPE | _TRAINING | {"seed": config.seed, "device": config.device}
+    common["steps"] = config.steps or STEPS
     return {
-        name: TrainConfig(**common, **form, out=str(Path(out) / name))
+        name: TrainConfig(**common, **form, out=str(config.out / name))
         for name, form in forms.items()
     }
 
 
-def run_demo(
-    out: Path, *, steps: int, seed: int, device: str, resume: bool, console: Console
-) -> dict:
-    """Train, evaluate and report into `out`; returns the content of metrics.json."""
-    begin = time.perf_counter()
-    out = Path(out)
-    configs = demo_configs(out, steps, seed, device)
+def run_demo(config: DemoConfig, *, resume: bool = False, console: Console | None = None) -> dict:
+    """Train, measure and report into a folder; returns the content of metrics.json."""
+    begin, console = time.perf_counter(), console or Console(quiet=True)
+    out, configs = config.out, demo_configs(config)
     if not resume:
         _clear(out, configs)
     runs, samples = [], {}
-    for name, config in configs.items():
-        console.print(f"[bold]{name}[/bold]  {_describe(config)}", highlight=False)
-        go_on = resume and Path(config.out, "config.json").exists()
-        result = run_training(config, resume=go_on, console=console, name=name)
+    for name, run in configs.items():
+        console.print(f"[bold]{name}[/bold]  {_describe(run)}", highlight=False)
+        go_on = resume and Path(run.out, "config.json").exists()
+        result = run_training(run, resume=go_on, console=console, name=name)
         if result.signal is not None:
             raise DemoInterruptedError(result.signal)
-        runs.append(_entry(name, config, result))
-        samples[name] = generate_text(
-            *load_model(Path(config.out)), PROMPT, 240, 0.7, seed
-        ).rstrip()
+        runs.append(_entry(name, run, result))
+        trained = load_model(Path(run.out))
+        samples[name] = generate_text(*trained, PROMPT, 240, 0.7, config.seed).rstrip()
     metrics = {
         "runs": runs,
         "torch": torch.__version__,
         "unipool": unipool.__version__,
-        "seed": seed,
+        "seed": config.seed,
     }
     write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     notes = _notes(configs["layer-private"], result, time.perf_counter() - begin)
