@@ -10,6 +10,7 @@ nothing, so the emulated kernels are left out.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from harness import write_json
 from torch import Tensor
 
 from unipool import ops
-from unipool.ops import dispatch, experts, router
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -32,6 +32,11 @@ from cases import Case, OpSpec  # noqa: E402
 from tolerance import PER_ROW, unit_error  # noqa: E402
 
 from emulation import build  # noqa: E402
+
+OP_MODULES = [
+    importlib.import_module(f"unipool.ops.{stem}")
+    for stem in ("router", "router_logits", "dispatch", "grouped_mm", "expert_mlp")
+]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -47,7 +52,7 @@ class Backend:
 
     @contextmanager
     def selected(self) -> Iterator[None]:
-        modules = (router, dispatch, experts)
+        modules = OP_MODULES
         before = [module._ops for module in modules]
         try:
             for module in modules:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evidence_tables import evidence
 
-from unipool.training.tables import markdown
+from unipool.report.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -3,6 +3,7 @@
 this machine has; one that asks for `dtype` too, once for each dtype of the backend. Ids read
 `ragged-bf16-cpu`."""
 
+import importlib
 import os
 import shutil
 import sysconfig
@@ -15,7 +16,11 @@ import pytest
 import torch
 
 from unipool.nn import pool_pass
-from unipool.ops import dispatch, experts, router
+
+OP_MODULES = [
+    importlib.import_module(f"unipool.ops.{stem}")
+    for stem in ("router", "router_logits", "dispatch", "grouped_mm", "expert_mlp")
+]
 
 DTYPE_NAMES = {
     torch.float32: "f32",
@@ -109,7 +114,7 @@ def backend(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> Backend:
     chosen = request.param
-    for module in (router, dispatch, experts, pool_pass):
+    for module in (*OP_MODULES, pool_pass):
         monkeypatch.setattr(module, "_ops", chosen.raw)
     return chosen
 
