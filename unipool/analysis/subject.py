@@ -11,11 +11,12 @@ from torch import Tensor
 
 from unipool.checkpoints import checked_model
 from unipool.data.corpus import path_documents
-from unipool.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
-from unipool.data.tokens import ValBlocks, default_cache, load_data
+from unipool.data.tokenizer import HuggingFaceTokenizer
+from unipool.data.tokens import ValBlocks, default_cache
 from unipool.errors import InputError
 from unipool.models.loading import load_model, resolve_device
 from unipool.training.config import TrainConfig, find_run
+from unipool.training.run import tokenise
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,7 @@ def load_subject(
 
 
 def _held_out_tokens(folder: Path, run: TrainConfig) -> np.ndarray:
-    tokenizer = load_tokenizer(Path(run.tokenizer) if run.tokenizer else None)
-    paths = [Path(path) for path in run.data]
-    options = {"field": run.field, "seed": run.seed, "val_fraction": run.val_fraction}
-    try:
-        data = load_data(paths, tokenizer, cache=default_cache(), **options)
-    except OSError as error:
-        raise InputError(f"data: cannot write token files: {error}") from error
+    data, _ = tokenise(run, default_cache())
     if data.key != (folder / "data.key").read_text(encoding="utf-8").strip():
         raise InputError(
             f"data: the text of {folder} has changed since, so that what was held out is not "

@@ -19,9 +19,9 @@ def evaluate(given: dict) -> None:
 
 
 def _show(about: dict, scores) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from unipool.report.tables import terminal
 
     def shown(value: float) -> str:
         return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
@@ -36,10 +36,7 @@ def _show(about: dict, scores) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("task", "metric", "value", "", "n"):
-        left = heading in ("task", "metric")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    table = terminal(("task", "metric", "value", "", "n"), left=("task", "metric"))
     for score in scores.tasks:
         for metric, found in score.metrics.items():
             table.add_row(score.task, metric, *values(found), str(score.docs))

@@ -16,11 +16,9 @@ def probe(given: dict) -> None:
 
 
 def _show(result, subject) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    from unipool.report.tables import with_spread
+    from unipool.report.tables import terminal, with_spread
 
     console = Console()
     console.print(
@@ -29,9 +27,7 @@ def _show(result, subject) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("random layer", "loss (nats)", "accuracy (points)"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = terminal(("random layer", "loss (nats)", "accuracy (points)"))
     for entry in result.layers:
         points = None if entry.accuracy_spread is None else 100 * entry.accuracy_spread
         table.add_row(

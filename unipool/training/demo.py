@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import unipool
 from unipool.configs import DemoConfig
@@ -25,6 +23,7 @@ from unipool.models import parameter_counts
 from unipool.models.generation import generate_text
 from unipool.models.loading import load_model
 from unipool.report.runs import write_report
+from unipool.report.tables import terminal
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import mean_rate, read_metrics
 from unipool.training.run import RunResult, run_training
@@ -183,9 +182,7 @@ def _machine(model) -> str:
 
 
 def _show(console: Console, metrics: dict, samples: dict, notes: list[str], page: Path) -> None:
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in _COLUMNS:
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    table = terminal(list(_COLUMNS), left=("model",))
     for run in metrics["runs"]:
         table.add_row(*(cell(run) for cell in _COLUMNS.values()))
     console.print(table)

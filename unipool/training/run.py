@@ -103,6 +103,13 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
 
 def open_data(config: TrainConfig, out: Path):
     """(TokenData, tokenizer) of a run into `out`; InputError if the text is not long enough."""
+    data, tokenizer = tokenise(config, data_cache(out))
+    check_length(data, config.seq_len, ", ".join(config.data) or "the standard library's source")
+    return data, tokenizer
+
+
+def tokenise(config: TrainConfig, cache: Path):
+    """(TokenData, tokenizer) of a run's text, made or found in `cache`."""
     tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else None)
     options = {
         "field": config.field,
@@ -111,11 +118,9 @@ def open_data(config: TrainConfig, out: Path):
     }
     paths = [Path(path) for path in config.data]
     try:
-        data = load_data(paths, tokenizer, cache=data_cache(out), **options)
+        return load_data(paths, tokenizer, cache=cache, **options), tokenizer
     except OSError as error:
         raise InputError(f"data: cannot write token files: {error}") from error
-    check_length(data, config.seq_len, ", ".join(config.data) or "the standard library's source")
-    return data, tokenizer
 
 
 def data_cache(out: Path) -> Path:
