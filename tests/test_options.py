@@ -163,6 +163,7 @@ def test_toml_without_a_reader(tmp_path, monkeypatch):
         ({"part": 1}, "--part must be in [0, 1), got 1"),
         ({"seed": 1 << 32}, "--seed must be in [0, 2**32), got 4294967296"),
         ({"text": 3}, "--text must be a text, got 3"),
+        ({"paths": None}, "--paths must be a text, got None"),
         ({"sizes": (1, "b")}, "--sizes must be a whole number, got b"),
     ],
 )
@@ -170,6 +171,13 @@ def test_library_callers_hear_the_same(values, message):
     with pytest.raises(InputError) as failure:
         Config(Path("x"), **values)
     assert str(failure.value) == message
+
+
+def test_nothing_in_a_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("paths:\ntext:\n")
+    assert read_options(tmp_path / "a.yaml", Config) == {"paths": (), "text": None}
+    (tmp_path / "a.yaml").write_text("")
+    assert read_options(tmp_path / "a.yaml", Config) == {}
 
 
 def test_what_is_missing():

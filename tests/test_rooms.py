@@ -18,7 +18,7 @@ ROOMS = {
     "ops": {"_library"},
     "nn": {"ops"},
     "reference": {"ops"},
-    "doctor": {"__init__", "_library", "ops", "reference"},
+    "doctor": {"__init__", "_library", "ops", "options", "reference"},
     "integrations": {"ops"},
     "errors": set(),
     "files": set(),

@@ -32,9 +32,10 @@ class Option:
     """What a field's name, type and default leave open.
 
     help ends with what the default means, in brackets, where its value does not say it. min and max
-    belong to the range, above and below do not. argument: given by its place instead of its name.
-    path: a text that is a path; the command line makes one to "read" a full one, to be found again.
-    commas: several values in one text on the command line.
+    belong to the range, above and below do not; a range with an upper end has a lower one, too.
+    argument: given by its place instead of its name. path: a text that is a path; the command line
+    makes one to "read" a full one, to be found again. commas: several values in one text on the
+    command line.
     """
 
     help: str
@@ -50,7 +51,7 @@ class Option:
     def holds(self, number: float) -> bool:
         """Whether the number is finite and in the range."""
         return (
-            math.isfinite(number)
+            (isinstance(number, int) or math.isfinite(number))
             and (self.min is None or number >= self.min)
             and (self.max is None or number <= self.max)
             and (self.above is None or number > self.above)
@@ -108,7 +109,7 @@ class Field:
         """InputError unless `value` has the field's type and is in its range."""
         if value is None and self.default is None:
             return
-        for one in value if self.many else (value,):
+        for one in value if self.many and isinstance(value, list | tuple) else (value,):
             if self.choices:
                 fits, due = one in self.choices, f"one of {', '.join(self.choices)}"
             elif self.kind in (int, float):
@@ -126,7 +127,7 @@ class Field:
         Ranges are left to `check`.
         """
         if value is None:
-            return None
+            return () if self.default == () else None
         if not self.many:
             return self._convert_one(value)
         if isinstance(value, str) and self.option.commas:
