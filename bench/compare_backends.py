@@ -9,6 +9,7 @@ tests/tolerance.py allows one of them from the exact result.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from harness import require_device, write_json
 from torch import Tensor
 
 from unipool import ops
-from unipool.ops import dispatch, experts, router
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -28,6 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import cases  # noqa: E402
 from cases import Case, OpSpec  # noqa: E402
 from tolerance import PER_ROW, unit_error  # noqa: E402
+
+OP_MODULES = [
+    importlib.import_module(f"unipool.ops.{stem}")
+    for stem in ("router", "router_logits", "dispatch", "grouped_mm", "expert_mlp")
+]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -43,7 +48,7 @@ class Backend:
 
     @contextmanager
     def selected(self) -> Iterator[None]:
-        modules = (router, dispatch, experts)
+        modules = OP_MODULES
         before = [module._ops for module in modules]
         try:
             for module in modules:

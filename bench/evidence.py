@@ -16,11 +16,12 @@ from harness import environment
 from rich.console import Console
 
 from unipool.analysis.probe import WEIGHTS, run_probe
+from unipool.analysis.subject import Subject, load_subject
 from unipool.analysis.summary import analyze
-from unipool.analysis.text import Subject, load_subject
 from unipool.compare.grid import Baseline, vanilla
 from unipool.compare.presets import preset_variants, training, with_baselines
-from unipool.compare.sweep import Sweep, run_sweep
+from unipool.compare.run import run_sweep
+from unipool.compare.sweep import Sweep
 
 PRESET, SCALE, SEEDS, STEPS = "evidence", "small", (0, 1, 2), 1000
 COMMAND = (

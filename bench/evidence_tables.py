@@ -7,7 +7,7 @@ Student's t. Verdicts follow from the interval alone.
 
 from statistics import fmean, stdev
 
-from unipool.training.tables import markdown, with_spread
+from unipool.report.tables import markdown, with_spread
 
 # Quantile 0.975 of Student's t by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

@@ -9,7 +9,7 @@ saves. What kernels need while they run, and what an allocator wastes, is not in
 from dataclasses import dataclass
 
 from unipool.models import UniPoolConfig, parameter_counts, preset
-from unipool.training.tables import markdown
+from unipool.report.tables import markdown
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")
 GPU_BYTES = 80e9

@@ -15,7 +15,7 @@ import hardware_table
 from evidence_tables import evidence
 from model_memory import choosing
 
-from unipool.training.tables import markdown
+from unipool.report.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -78,7 +78,7 @@ def valid_arguments() -> dict[str, dict]:
 def call(op: str, arguments: dict, raw: object) -> object:
     """The public op if there is one, else the raw one."""
     a = dict(arguments)
-    if not hasattr(ops, op):
+    if op not in ops.__all__:
         return getattr(raw, op)(**a)
     if op in ("permute", "unpermute") and "plan" not in a:
         a["plan"] = ops.DispatchPlan(a.pop("order"), a.pop("inverse"), a.pop("offsets"))

@@ -32,10 +32,10 @@ from unipool import cli
 from unipool.analysis import metrics
 from unipool.analysis.collect import collect, routed_layers, select_layers
 from unipool.analysis.summary import analyze
+from unipool.data.tokenizer import ByteTokenizer
+from unipool.errors import InputError
+from unipool.files import MANIFEST, latest_checkpoint
 from unipool.models import UniPoolForCausalLM, preset
-from unipool.training.checkpoint import MANIFEST, latest_checkpoint
-from unipool.training.errors import InputError
-from unipool.training.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("small_scale")
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from damage import flip
 
-from unipool.training import checkpoint
-from unipool.training.checkpoint import (
+from unipool import files
+from unipool.files import (
     complete_folder,
     folder_fault,
     latest_checkpoint,
     prune,
+    remove_leftovers,
     step_folder,
-    sweep,
     write_text,
 )
 
@@ -57,7 +57,7 @@ def test_failing_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync_path", full)
+    monkeypatch.setattr(files, "_sync_path", full)
     with pytest.raises(OSError, match="No space"), complete_folder(tmp_path / "step-1") as folder:
         (folder / "weights.bin").write_bytes(b"new")
     assert (tmp_path / "step-1" / "weights.bin").read_bytes() == before
@@ -104,7 +104,7 @@ def test_latest_checkpoint_ignores_everything_else(tmp_path):
     shutil.copytree(tmp_path / "step-10", tmp_path / ".step-13.77.tmp")
     shutil.copytree(tmp_path / "step-10", tmp_path / "damaged-step-14")
     assert latest_checkpoint(tmp_path).name == "step-10"
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -134,7 +134,7 @@ def test_kill_at_any_time_leaves_a_complete_checkpoint(tmp_path):
     chance = random.Random(0)
     for turn in range(20):
         root = tmp_path / str(turn)
-        script = WRITER.format(source=checkpoint.__file__, root=str(root))
+        script = WRITER.format(source=files.__file__, root=str(root))
         command = [sys.executable, "-c", script]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             child.stdout.readline()
@@ -143,6 +143,6 @@ def test_kill_at_any_time_leaves_a_complete_checkpoint(tmp_path):
             reported = [1, *map(int, child.stdout.read().split())][-1]
         found = latest_checkpoint(root)
         assert found is not None
-        assert checkpoint.step_of(found) in (reported, reported + 1)
-        newest = max(root.glob("step-*"), key=checkpoint.step_of)
+        assert files.step_of(found) in (reported, reported + 1)
+        newest = max(root.glob("step-*"), key=files.step_of)
         assert newest == found, "a visible checkpoint was incomplete"

@@ -17,9 +17,9 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from unipool import cli
-from unipool.training.callbacks import read_metrics
-from unipool.training.checkpoint import latest_checkpoint
+from unipool.files import latest_checkpoint
 from unipool.training.config import TrainConfig
+from unipool.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("small_scale")
 

@@ -28,12 +28,12 @@ from unipool.compare.grid import Axes, Baseline, Size, Variant, grid, vanilla
 from unipool.compare.members import Member, Outcome, run_members
 from unipool.compare.presets import PRESETS, preset_variants, training, with_baselines
 from unipool.compare.sweep import Sweep
+from unipool.data.tokens import default_cache
+from unipool.errors import InputError, TrainingError
+from unipool.files import complete_folder
 from unipool.models import parameter_counts, preset, preset_names
-from unipool.training.checkpoint import complete_folder
+from unipool.report.tables import with_spread
 from unipool.training.config import TrainConfig
-from unipool.training.data import default_cache
-from unipool.training.errors import InputError, TrainingError
-from unipool.training.tables import with_spread
 
 pytestmark = pytest.mark.usefixtures("small_scale")
 

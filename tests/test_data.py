@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from unipool.training.corpus import path_documents, stdlib_documents
-from unipool.training.data import TrainBlocks, ValBlocks, check_length, load_data, shuffled
-from unipool.training.errors import InputError
-from unipool.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
+from unipool.data.corpus import path_documents, stdlib_documents
+from unipool.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
+from unipool.data.tokens import TrainBlocks, ValBlocks, check_length, load_data, shuffled
+from unipool.errors import InputError
 
 BYTES = ByteTokenizer()
 

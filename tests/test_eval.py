@@ -33,14 +33,14 @@ from transformers import (
 )
 
 from unipool import cli
+from unipool.data.tokenizer import ByteTokenizer
+from unipool.errors import InputError
 from unipool.evaluation import tasks as task_module
 from unipool.evaluation.harness import HarnessModel, quiet
 from unipool.evaluation.local import LOCAL_TASKS, PAPER_TASKS, read_rows
+from unipool.files import MANIFEST
 from unipool.models import UniPoolConfig, UniPoolForCausalLM, preset
-from unipool.training.checkpoint import MANIFEST
-from unipool.training.errors import InputError
-from unipool.training.generate import load_model
-from unipool.training.tokenizer import ByteTokenizer
+from unipool.models.loading import load_model
 
 
 @pytest.fixture(autouse=True)

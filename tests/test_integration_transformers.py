@@ -23,7 +23,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # noqa: 
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa: E402
 
 import unipool.integrations.transformers as integration  # noqa: E402
-from unipool.ops import experts as experts_module  # noqa: E402
+
+experts_module = sys.modules["unipool.ops.expert_mlp"]
 
 pytestmark = pytest.mark.usefixtures("device")
 

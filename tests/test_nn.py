@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unipool import ops, reference
 from unipool.nn import ExpertPool, NormRouter, PoolBalancer, SoftmaxRouter, pooled_moe
-from unipool.nn.router import norm_router_calibration, router_logits
+from unipool.nn.router import norm_router_calibration, wide_logits
 
 SIZES = [*range(1, 17), 24, 32, 33, 64, 96, 127, 160, 192, 288, 384, 513, 1024]
 
@@ -139,7 +139,7 @@ def test_logits_of_mixed_dtypes(x_dtype, w_dtype, device):
     """float32 logits and gradients in the dtype of each input, whatever mix of dtypes comes in."""
     x = torch.randn(9, 16, device=device).to(x_dtype).requires_grad_()
     weight = torch.randn(5, 16, device=device).to(w_dtype).requires_grad_()
-    got = router_logits(x, weight)
+    got = wide_logits(x, weight)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, x.float() @ weight.float().T)
     got.sum().backward()

@@ -21,10 +21,10 @@ from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeFo
 from unipool import cli
 from unipool.analysis.collect import Choice, routed_layers, score
 from unipool.analysis.probe import random_routing, run_probe
+from unipool.data.tokenizer import ByteTokenizer
+from unipool.errors import InputError
+from unipool.files import latest_checkpoint
 from unipool.models import UniPoolForCausalLM, preset
-from unipool.training.checkpoint import latest_checkpoint
-from unipool.training.errors import InputError
-from unipool.training.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("small_scale", "device")
 

@@ -19,8 +19,10 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 from rich.console import Console
 
-from unipool.training import demo, report
-from unipool.training.errors import InputError
+from unipool.configs import DemoConfig
+from unipool.errors import InputError
+from unipool.report import runs as report
+from unipool.training import demo
 
 SCHEMA = {
     "name": str,
@@ -70,8 +72,8 @@ def small_demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         console = Console(file=open(folder / "output", "w"), width=80)  # noqa: SIM115
-        options = {"steps": 6, "seed": 1, "device": "cpu", "console": console}
-        metrics = demo.run_demo(folder, resume=False, **options)
+        options = {"config": DemoConfig(folder, 6, 1, "cpu"), "console": console}
+        metrics = demo.run_demo(**options)
         console.file.flush()
         yield folder, metrics, options
         console.file.close()
@@ -100,7 +102,7 @@ def test_demo_compares_equal_active_sizes(small_demo):
     assert private["params_expert"] == shared["params_expert"] == 2 * half["params_expert"]
     routers = 3 * demo.LAYERS * demo.LAYERS * 8 * 32  # routers see the whole pool
     assert abs(private["params_active"] - shared["params_active"]) < routers
-    configs = demo.demo_configs("out", 6, 1, "cpu").values()
+    configs = demo.demo_configs(DemoConfig(steps=6, seed=1, device="cpu")).values()
     assert len({(c.seed, c.steps, c.lr, c.seq_len, c.d_model, c.d_ff) for c in configs}) == 1
 
 
@@ -136,14 +138,14 @@ def test_demo_command_on_a_gpu(tmp_path, device, small_scale, monkeypatch):
 
 
 def test_demo_resumes_and_clears_only_its_own(small_demo, tmp_path):
-    folder, metrics, options = small_demo
-    again = demo.run_demo(folder, resume=True, **options)
+    _, metrics, options = small_demo
+    again = demo.run_demo(**options, resume=True)
     assert again == metrics, "finished runs are read back, not trained again"
     other = tmp_path / "demo"
     (other / "half-pool").mkdir(parents=True)
     (other / "half-pool" / "mine.txt").write_text("keep")
     with pytest.raises(InputError, match="half-pool is there and is no run of the demo"):
-        demo.run_demo(other, resume=False, **options)
+        demo.run_demo(DemoConfig(other), console=options["console"])
     assert (other / "half-pool" / "mine.txt").read_text() == "keep"
 
 
@@ -237,7 +239,8 @@ def test_reports_need_no_display():
     code = """
 import json, sys
 from unipool.analysis import figures
-from unipool.training import page, report
+from unipool.report import page
+from unipool.report import runs as report
 runs = json.loads(sys.argv[1])
 page.png(report.loss_figure(runs))
 page.png(report.load_figure(runs[0]))

@@ -411,7 +411,7 @@ def checkpoint(tmp_path):
     """A checkpoint of `unipool train`, with its optimizer."""
     pytest.importorskip("typer")
     from unipool import cli
-    from unipool.training.checkpoint import latest_checkpoint
+    from unipool.files import latest_checkpoint
 
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(300)))
@@ -424,7 +424,7 @@ def checkpoint(tmp_path):
 @pytest.mark.any_device
 def test_command_resizes_a_checkpoint_with_its_optimizer(checkpoint, tmp_path, capsys):
     from unipool import cli
-    from unipool.training.checkpoint import folder_fault
+    from unipool.files import folder_fault
 
     out = tmp_path / "grown" / "step-3"
     capsys.readouterr()
@@ -447,7 +447,7 @@ def test_command_resizes_a_checkpoint_with_its_optimizer(checkpoint, tmp_path, c
 def test_a_run_goes_on_from_a_resized_checkpoint(checkpoint, tmp_path, capsys):
     """The run's options still say four experts; what counts is the checkpoint's model."""
     from unipool import cli
-    from unipool.training.callbacks import read_metrics
+    from unipool.training.metrics import read_metrics
 
     run, grown = checkpoint.parent.parent, tmp_path / "grown"
     resized = grown / "checkpoints" / checkpoint.name

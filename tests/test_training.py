@@ -22,18 +22,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from unipool.training import callbacks, checkpoint, trainer
-from unipool.training.callbacks import read_metrics
-from unipool.training.checkpoint import (
-    latest_checkpoint,
-)
+from unipool import files
+from unipool.data.tokens import ValBlocks
+from unipool.errors import InputError, TrainingError
+from unipool.files import latest_checkpoint
+from unipool.models.generation import generate_text
+from unipool.models.loading import load_model
+from unipool.training import metrics, trainer
 from unipool.training.config import TrainConfig
-from unipool.training.data import ValBlocks
-from unipool.training.errors import InputError, TrainingError
-from unipool.training.evaluate import evaluate
-from unipool.training.generate import generate_text, load_model
+from unipool.training.metrics import read_metrics
 from unipool.training.run import run_training
 from unipool.training.trainer import PoolTrainer
+from unipool.training.validation import validate
 
 pytestmark = pytest.mark.usefixtures("small_scale")
 
@@ -232,7 +232,7 @@ def test_killed_run_resumes_exactly(config, tmp_path):
         time.sleep(0.01)
     child.kill()
     child.wait()
-    assert 2 <= checkpoint.step_of(latest_checkpoint(checkpoints)) < 40
+    assert 2 <= files.step_of(latest_checkpoint(checkpoints)) < 40
     run_training(TrainConfig.load(Path(config.out, "config.json")), resume=True)
     assert rows(config) == rows(whole)
     assert equal_weights(weights(config), weights(whole))
@@ -253,7 +253,7 @@ def test_resume_of_a_finished_run_changes_nothing(config):
     first = run_training(config)
     before = weights(config), read_metrics(Path(config.out, "metrics.jsonl"))
     again = run_training(config, resume=True)
-    assert again.evaluation == first.evaluation
+    assert again.validation == first.validation
     assert read_metrics(Path(config.out, "metrics.jsonl")) == before[1]
     assert equal_weights(weights(config), before[0])
 
@@ -347,7 +347,7 @@ def test_full_disk_for_the_log_is_one_line(config, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(callbacks.MetricsLog, "on_log", full)
+    monkeypatch.setattr(metrics.MetricsLog, "on_log", full)
     with pytest.raises(TrainingError, match=r"No space left on device; last .*step-3"):
         run_training(config)
 
@@ -381,7 +381,7 @@ def test_losses_are_those_of_the_model_and_of_the_text(config):
     result = run_training(config)
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_config(config.model_config(result.data.vocab_size, 256))
-    from unipool.training.data import TrainBlocks
+    from unipool.data.tokens import TrainBlocks
 
     blocks = TrainBlocks(result.data.train, config.seq_len, config.seed, 4)
     ids = torch.stack([blocks[i]["input_ids"] for i in range(4)])
@@ -432,7 +432,7 @@ def test_dense_and_bf16(config):
     dense = replace(config, form="dense", pool_size=None, steps=2, precision="bf16", log_every=1)
     result = run_training(dense)
     assert type(result.model).__name__ == "LlamaForCausalLM"
-    assert result.evaluation.load is None
+    assert result.validation.load is None
     assert rows(dense)[0]["loss"] == pytest.approx(math.log(320), rel=0.05)
 
 
@@ -444,7 +444,7 @@ def test_evaluation_is_exact(config):
     model, blocks = result.model, ValBlocks(result.data.val, 32)
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    first, second = evaluate(model, blocks, 3), evaluate(model, blocks, 8)
+    first, second = validate(model, blocks, 3), validate(model, blocks, 8)
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert first.tokens == len(result.data.val) - 1

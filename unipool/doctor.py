@@ -18,6 +18,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from unipool.options import nearest
+
 REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 _MIN_TORCH = (2, 11)
 _MIN_PYTHON = (3, 10)
@@ -376,7 +378,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        print(f"unipool: doctor: unknown argument {unknown[0]!r} (see --help)", file=sys.stderr)
+        near = nearest(unknown[0], ["--json", "--help"])
+        print(
+            f"unipool: doctor: unknown argument {unknown[0]!r}{near} (see --help)", file=sys.stderr
+        )
         return 2
     report = diagnose()
     print(json.dumps(report, indent=1) if options.json else render(report))

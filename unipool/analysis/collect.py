@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unipool.analysis.metrics import entropy
+from unipool.errors import InputError
 from unipool.models import UniPoolPreTrainedModel
 from unipool.nn import NormRouter, RecurrentRouter, SoftmaxRouter
 from unipool.ops import Routing
-from unipool.training.errors import InputError
 
 _SUPPORTED = "a UniPool model or a Hugging Face MoE model such as Mixtral, Qwen-MoE or OLMoE"
 

@@ -4,11 +4,11 @@
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from unipool.analysis.probe import Probe
 from unipool.analysis.summary import Analysis
-from unipool.training.page import COLORS, PLOT
+from unipool.report.page import COLORS, PLOT
+from unipool.report.runs import load_map
 
 _BLUE, _ORANGE, _GREEN = COLORS[:3]
 _STYLE = PLOT | {"axes.grid": False}
@@ -50,15 +50,8 @@ def load_figure(load: np.ndarray, layers: np.ndarray) -> Figure:
     shown = np.where(load < 0, np.nan, load).astype(float)
     relative = shown / np.maximum(np.nanmean(shown, axis=1, keepdims=True), 1e-12)
     with matplotlib.rc_context(_STYLE):
-        figure = _new(8, 1.6 + 0.34 * max(len(layers), 3))
-        axes = figure.add_subplot()
-        top = max(2.0, np.nanmax(relative))
-        image = axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0, vmax=top)
-        axes.set_xlabel("expert of the layer's pool")
-        axes.set_ylabel("layer")
+        figure, axes, _ = load_map(relative)
         _name_layers(axes.yaxis, layers)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-        figure.colorbar(image, ax=axes, pad=0.02).set_label("load ÷ uniform share")
     return figure
 
 

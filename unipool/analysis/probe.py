@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unipool.analysis.collect import Choice, RoutedLayer, Score, routed_layers, score, select_layers
-from unipool.training.errors import InputError
+from unipool.errors import InputError
 
 WEIGHTS = ("rule", "kept")
 

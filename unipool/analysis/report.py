@@ -10,8 +10,8 @@ import numpy as np
 import unipool
 from unipool.analysis.figures import analysis_figures
 from unipool.analysis.summary import Analysis
-from unipool.training.checkpoint import write_text
-from unipool.training.page import document, image, paragraphs, png, table
+from unipool.files import write_text
+from unipool.report.page import document, image, paragraphs, table, write_pictures
 
 _LAYER_COLUMNS = (
     ("layer", "layer", "{}"),
@@ -73,11 +73,8 @@ def write_analysis(folder: Path, analysis: Analysis, title: str, notes: list[str
     """Write report.html, analysis.json, analysis.npz and the pictures; returns the page's path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sections = []
-    for name, figure in analysis_figures(analysis).items():
-        picture = png(figure)
-        (folder / f"{name}.png").write_bytes(picture)
-        sections.append(_section(name, picture))
+    pictures = write_pictures(folder, analysis_figures(analysis))
+    sections = [_section(name, picture) for name, picture in pictures.items()]
     with open(folder / "analysis.npz", "wb") as file:
         np.savez_compressed(file, **analysis.arrays)
     write_text(folder / "analysis.json", json.dumps(analysis.numbers, indent=1) + "\n")

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from unipool.training.page import COLORS, PLOT
-from unipool.training.report import loss_figure
+from unipool.report.page import COLORS, PLOT
+from unipool.report.runs import loss_figure
 
 _GRAY = "#666666"
 

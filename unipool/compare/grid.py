@@ -5,11 +5,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from unipool.errors import InputError
 from unipool.models import preset, preset_names
 from unipool.models.configuration_unipool import BALANCES
 from unipool.models.presets import VANILLA_COEFFICIENT
 from unipool.nn.recurrent import SCORINGS
-from unipool.training.errors import InputError
 
 # In a grid, the recurrent router with NormRouter's scoring is a router of its own.
 ROUTERS = {

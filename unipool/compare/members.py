@@ -15,10 +15,11 @@ from typing import IO
 from rich.console import Console
 
 from unipool.compare.grid import Variant
-from unipool.training.callbacks import StopSignals, mean_rate, read_metrics
-from unipool.training.checkpoint import folder_fault, write_text
+from unipool.errors import TrainingError
+from unipool.files import folder_fault, write_text
+from unipool.training.callbacks import StopSignals
 from unipool.training.config import TrainConfig
-from unipool.training.errors import TrainingError
+from unipool.training.metrics import mean_rate, read_metrics
 
 COMMAND = (sys.executable, "-m", "unipool.cli", "train", "--resume", "--out")  # then the folder
 _POLL = 0.05  # seconds between two looks at the processes

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of arXiv:2605.06665 as grids, and the training that fits each scale."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from unipool.compare.grid import Axes, Baseline, Size, Variant, distinct, grid, vanilla
-from unipool.training.errors import InputError
+from unipool.errors import InputError
 
 _POOL_SIZES = tuple(Size(fraction=f) for f in (0.416, 0.5, 0.667, 0.833, 1.0))
 
@@ -94,7 +94,7 @@ def training(scale: str) -> dict:
     return options | {"eval_every": 0, "keep": 1}
 
 
-def preset_variants(names: list[str], baseline: Baseline) -> list[Variant]:
+def preset_variants(names: Iterable[str], baseline: Baseline) -> list[Variant]:
     """The models of all these presets, without the baselines. InputError for an unknown name."""
     variants = []
     for name in names:

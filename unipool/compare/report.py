@@ -4,14 +4,12 @@
 import json
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from unipool.compare.figures import sweep_figures
-from unipool.training.checkpoint import write_text
-from unipool.training.page import document, image, paragraphs, png, table
-from unipool.training.tables import markdown, with_spread
+from unipool.files import write_text
+from unipool.report.page import document, image, paragraphs, table, write_pictures
+from unipool.report.tables import markdown, terminal, with_spread
 
 _HEAD = (
     "model",
@@ -91,9 +89,7 @@ def write_results(folder: Path, results: dict) -> Path:
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(folder / "table.md", markdown(_HEAD, rows(results)))
     sections = ""
-    for name, figure in sweep_figures(results).items():
-        picture = png(figure)
-        (folder / f"{name}.png").write_bytes(picture)
+    for name, picture in write_pictures(folder, sweep_figures(results)).items():
         sections += f"<h2>{_FIGURES[name]}</h2>\n{image(name, picture)}\n"
     page = folder / "report.html"
     body = "<h2>Results</h2>\n" + table(_HEAD, rows(results)) + paragraphs(failures(results))
@@ -118,9 +114,8 @@ def budget(results: dict) -> str:
 
 def show(console: Console, results: dict, page: Path) -> None:
     """The table, narrow enough for 80 columns, the failures and the place of the page."""
-    shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("model", "experts", "val loss (nats)", "to vanilla", "seeds"):
-        shown.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    head = ("model", "experts", "val loss (nats)", "to vanilla", "seeds")
+    shown = terminal(head, left=("model",))
     for entry in results["variants"]:
         loss, to_vanilla = _spread(entry["val_loss"], ".3f"), _difference(entry, "+.3f")
         shown.add_row(entry["label"], _experts(entry), loss, to_vanilla, _seeds(entry))

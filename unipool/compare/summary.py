@@ -3,22 +3,19 @@
 
 from dataclasses import asdict
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
 
 import torch
 
 import unipool
 from unipool.compare.grid import Baseline, Variant, vanilla
 from unipool.compare.members import Member, Outcome, failure, outcome
+from unipool.compare.sweep import Sweep
+from unipool.data.tokenizer import load_tokenizer
 from unipool.models import parameter_counts
 from unipool.training.config import TrainConfig
-from unipool.training.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from unipool.compare.sweep import Sweep
 
 
-def summarize(sweep: "Sweep", members: list[Member]) -> dict:
+def summarize(sweep: Sweep, members: list[Member]) -> dict:
     """Content of results.json.
 
     Losses are nats a token. Each variant has `runs`, one entry a seed; `val_loss`, over the seeds
@@ -40,7 +37,7 @@ def summarize(sweep: "Sweep", members: list[Member]) -> dict:
     }
 
 
-def _entry(variant: Variant, sweep: "Sweep", baseline: Baseline, tokenizer, found: dict) -> dict:
+def _entry(variant: Variant, sweep: Sweep, baseline: Baseline, tokenizer, found: dict) -> dict:
     reference = vanilla(baseline, variant.granularity)
     members = [found[variant, seed] for seed in sweep.seeds]
     losses = {seed: _loss(found[variant, seed][1]) for seed in sweep.seeds}

@@ -11,18 +11,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
+from unipool.compare.grid import Axes, Baseline, Size, Variant, grid
+from unipool.compare.members import Member
+from unipool.compare.presets import PRESETS, preset_variants, training, with_baselines
+from unipool.configs import CompareConfig
+from unipool.errors import InputError
+from unipool.training.config import TrainConfig, with_last_rate
 
-from unipool.compare.grid import Baseline, Variant
-from unipool.compare.members import Member, run_members
-from unipool.compare.report import show, write_results
-from unipool.compare.summary import summarize
-from unipool.training.checkpoint import write_text
-from unipool.training.config import TrainConfig
-from unipool.training.errors import InputError
-from unipool.training.run import check_new, locked, open_data, resolve_device
-
-_FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"
+_SHARED = ("data", "field", "tokenizer", "seq_len", "batch_size", "accumulate", "steps", "lr")
+_SHARED += ("init_std", "eval_tokens", "save_every", "device", "precision")
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,14 @@ class Sweep:
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds must be distinct numbers, got {list(self.seeds)}")
+
+    @classmethod
+    def of(cls, config: CompareConfig) -> "Sweep":
+        """What the options say; InputError, in one line, for what cannot be."""
+        baseline = Baseline.of(config.scale)
+        variants = with_baselines(_chosen(config, baseline), baseline)
+        options = training(config.scale) | {"data": ()} | with_last_rate(_shared_options(config))
+        return cls(config.scale, tuple(variants), config.seeds, options)
 
     def config(self, variant: Variant, seed: int, out: Path) -> TrainConfig:
         folder = Path(out) / "runs" / variant.name / f"seed-{seed}"
@@ -60,7 +66,7 @@ class Sweep:
     @classmethod
     def load(cls, out: Path) -> "Sweep":
         """The sweep in folder `out`; InputError if there is none."""
-        path = Path(out) / _FILE
+        path = Path(out) / SWEEP_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values["variants"] = tuple(Variant(**variant) for variant in values["variants"])
@@ -73,41 +79,24 @@ class Sweep:
             raise InputError(f"{path} is not a sweep: {error}") from error
 
 
-def run_sweep(
-    sweep: Sweep, out: Path, *, jobs: int = 1, resume: bool = False, console: Console | None = None
-) -> tuple[dict, int | None]:
-    """Train what is missing, then write the results; returns them and the signal that stopped it.
-
-    Raises InputError, before anything is written, for members that cannot be: the first one's
-    reason.
-    """
-    console = console or Console(quiet=True)
-    out = Path(out)
-    if not resume:
-        check_new(out, _FILE, "sweep")
-    _check_members(sweep, out)
-    with locked(out):
-        write_text(out / _FILE, sweep.to_json())
-        members = sweep.members(out)
-        console.print(
-            f"{len(sweep.variants)} models x {len(sweep.seeds)} seeds, {jobs} at a time",
-            highlight=False,
+def _chosen(config: CompareConfig, baseline: Baseline) -> list[Variant]:
+    """The models of the presets, or of the grid."""
+    axes = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(Axes)}
+    axes = {name: values for name, values in axes.items() if values is not None}
+    if bool(config.preset) == bool(axes):
+        raise InputError(
+            f"give either --preset ({', '.join(PRESETS)}) or axes of a grid "
+            "(--router, --pools, --pool-size, --balance, --delay, --granularity)"
         )
-        stopped = run_members(members, jobs, console)
-        results = summarize(sweep, members)
-        page = write_results(out, results)
-    show(console, results, page)
-    return results, stopped
+    if config.preset:
+        return preset_variants(config.preset, baseline)
+    if "pool_size" in axes:
+        axes["pool_size"] = tuple(map(Size.parse, axes["pool_size"]))
+    return grid(baseline, Axes(**axes))
 
 
-def _check_members(sweep: Sweep, out: Path) -> None:
-    """Each model can be built, and each seed's text is long enough; leaves the text tokenised."""
-    resolve_device(sweep.options.get("device", "auto"))
-    for seed in sweep.seeds:
-        configs = {variant: sweep.config(variant, seed, out) for variant in sweep.variants}
-        data, _ = open_data(next(iter(configs.values())), out)
-        for variant, config in configs.items():
-            try:
-                config.model_config(data.vocab_size, data.separator)
-            except InputError as error:
-                raise InputError(f"{variant.name}: {error}") from error
+def _shared_options(config: CompareConfig) -> dict:
+    """The fields of TrainConfig that were given."""
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(CompareConfig)}
+    given = {name: getattr(config, name) for name in _SHARED}
+    return {name: value for name, value in given.items() if value != defaults[name]}

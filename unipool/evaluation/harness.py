@@ -15,9 +15,9 @@ import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from unipool.data.tokenizer import SEPARATOR
+from unipool.errors import InputError
 from unipool.evaluation.tasks import VERSION
-from unipool.training.errors import InputError
-from unipool.training.tokenizer import SEPARATOR
 
 _BOOTSTRAP = 1000  # resamples for the standard error of a perplexity: good to about 2 %
 _CONFIG = (

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unipool.training.errors import InputError
+from unipool.errors import InputError
 
 PAPER_TASKS = (
     "arc_easy",

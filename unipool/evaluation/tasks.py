@@ -9,8 +9,8 @@ import datasets
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
+from unipool.errors import InputError
 from unipool.evaluation.local import LOCAL_TASKS, PAPER_TASKS, LocalRows
-from unipool.training.errors import InputError
 
 VERSION = version("lm_eval")
 _FEWSHOT_SEED = 1234  # the harness's own default; no task here is few-shot unless it says so

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unipool.ops import Routing, expert_mlp
-from unipool.ops._common import acc_dtype
+from unipool.ops.arguments import acc_dtype
 
 try:
     from transformers.activations import ACT2FN

@@ -101,18 +101,11 @@ class UniPoolDecoderLayer(GradientCheckpointingLayer):
         x = self.post_attention_layernorm(hidden_states)
         rows = x.flatten(0, 1)
         routed = rows if tokens is None else rows[tokens]
-        if cell is None:
-            y, routing = pooled_moe(routed, self._route, experts)
-        else:
-            routing, state = self.router(routed, cell, state)
-            routing = self._in_pool(routing)
-            y = experts(routed, routing)
+        router = self.router if cell is None else self.router.bind(cell, state)
+        y, routing = pooled_moe(routed, lambda x: self._in_pool(router(x)), experts)
         if tokens is not None:
             y = torch.zeros_like(rows).index_copy(0, tokens, y.to(rows.dtype))
-        return hidden_states + y.view_as(x), state, *routing
-
-    def _route(self, x: Tensor) -> Routing:
-        return self._in_pool(self.router(x))
+        return hidden_states + y.view_as(x), None if cell is None else router.state, *routing
 
     def _in_pool(self, routing: Routing) -> Routing:
         return routing if self.subset is None else self.subset(routing)

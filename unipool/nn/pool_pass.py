@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from unipool.ops import Routing
-from unipool.ops._common import acc_dtype
-from unipool.ops.experts import WeightGradSegment, pooled_expert_mlp
+from unipool.ops.arguments import acc_dtype
+from unipool.ops.expert_mlp import pooled_expert_mlp
+from unipool.ops.grouped_wgrad import WeightGradSegment
 
 WEIGHT_GRADS = ("deferred", "accumulate", "autograd")
 _ops = torch.ops.unipool

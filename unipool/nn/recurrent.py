@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unipool.nn.router import _check_sizes, norm_router_calibration, router_logits
+from unipool.nn.router import _check_sizes, norm_router_calibration, wide_logits
 from unipool.ops import Routing, norm_topk, softmax_topk
 
 SCORINGS = ("softmax", "norm")
@@ -120,15 +120,19 @@ class RecurrentRouter(nn.Module):
         logits, state = self.logits(x, cell, state)
         return self._score(logits, mask), state
 
+    def bind(self, cell: nn.GRUCell, state: Tensor | None = None) -> "BoundRouter":
+        """This router as `pooled_moe` takes one, for a single layer; arguments as for forward."""
+        return BoundRouter(self, cell, state)
+
     def logits(
         self, x: Tensor, cell: nn.GRUCell, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """What is scored: z [T, M], and the next state [T, p]; arguments as for forward."""
         self._check(x, cell, state)
-        u = router_logits(x, self.proj.weight)
+        u = wide_logits(x, self.proj.weight)
         h = torch.zeros_like(u) if state is None else state.to(u.dtype)
         h = gru_step(cell, u, h)
-        return router_logits(h, self.weight), h
+        return wide_logits(h, self.weight), h
 
     def _score(self, logits: Tensor, mask: Tensor | None) -> Routing:
         if self.scoring == "softmax":
@@ -165,3 +169,17 @@ class RecurrentRouter(nn.Module):
             f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"d_state={self.d_state}, scoring={self.scoring!r}"
         )
+
+
+class BoundRouter:
+    """A RecurrentRouter with the cell and the state that it routes the tokens of one layer with.
+
+    state: [T, p] of the layer below, or None; after the call, that for the layer above.
+    """
+
+    def __init__(self, router: RecurrentRouter, cell: nn.GRUCell, state: Tensor | None) -> None:
+        self.router, self.cell, self.state = router, cell, state
+
+    def __call__(self, x: Tensor) -> Routing:
+        routing, self.state = self.router(x, self.cell, self.state)
+        return routing

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unipool import ops
-from unipool.ops import Routing, norm_topk, softmax_topk
+from unipool.ops import Routing, norm_topk, router_logits, softmax_topk
 
 MAX_TOP_K = 16
 _DRAWS = 16384  # each counts twice, as g and as -g; standard error below 0.1 %
@@ -52,13 +51,13 @@ def _check_sizes(name: str, d_model: int, num_experts: int, top_k: int) -> None:
         )
 
 
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D] times weight [M, D] transposed, in float32 (float64) also under autocast."""
+def wide_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """ops.router_logits of x [T, D] and weight [M, D] of any two dtypes: float32, or float64."""
     # The op takes one dtype, and no float16 on the CPU.
     if x.dtype != weight.dtype or (x.dtype == torch.float16 and x.device.type == "cpu"):
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         x, weight = x.to(acc), weight.to(acc)
-    return ops.router_logits(x, weight)
+    return router_logits(x, weight)
 
 
 class _Router(nn.Module):
@@ -79,7 +78,7 @@ class _Router(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: x must be [T, {self.d_model}], got {list(x.shape)}"
             )
-        return router_logits(x, self.weight)
+        return wide_logits(x, self.weight)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"

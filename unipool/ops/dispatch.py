@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unipool.ops._common import check_devices, check_int, check_tensors
+from unipool.ops.arguments import check_devices, check_int, check_tensors
 
 _ops = torch.ops.unipool
 

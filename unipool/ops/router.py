@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers: router_logits, norm_topk (UniPool's NormRouter) and softmax_topk."""
+"""The choice of experts from logits: norm_topk (UniPool's NormRouter) and softmax_topk."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unipool.ops._common import acc_dtype, check_devices, check_int, check_tensors
+from unipool.ops.arguments import acc_dtype, check_devices, check_int, check_tensors
 
 _ops = torch.ops.unipool
 
@@ -22,18 +22,6 @@ class Routing(NamedTuple):
 
 
 # --- fakes
-
-
-@torch.library.register_fake("unipool::router_logits")
-def _(x, weight):
-    check_devices("router_logits", x=x, weight=weight)
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=acc_dtype(x.dtype))
-
-
-@torch.library.register_fake("unipool::router_logits_bwd")
-def _(grad, x, weight):
-    check_devices("router_logits_bwd", grad=grad, x=x, weight=weight)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _fake_router(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,18 +62,6 @@ def _(grad_weights, grad_importance, logits, experts, renormalize, mask):
 
 
 # --- autograd
-
-
-class RouterLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return _ops.router_logits(x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _ops.router_logits_bwd(grad, *ctx.saved_tensors)
 
 
 class NormTopk(torch.autograd.Function):
@@ -137,28 +113,6 @@ class SoftmaxTopk(torch.autograd.Function):
 
 
 # --- public
-
-
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in float32, (1) of docs/math.md; low-precision inputs are not converted first.
-
-    Products of bfloat16 or float16 numbers are exact in float32, and sums are float32, under
-    autocast too. Where the products of bfloat16 inputs need not be converted, their backward takes
-    the float32 gradient as the sum of two bfloat16 numbers, with a relative error of 2^-17.
-
-    Args:
-        x: [T, D] float32, bfloat16, float64 (CPU) or float16 (CUDA).
-        weight: [M, D], in the dtype of x.
-
-    Returns:
-        Logits [T, M] float32 (float64 for float64 inputs). Gradients reach x and weight in their
-        dtype.
-
-    Raises:
-        ValueError, TypeError: an argument's shape, device or dtype is not as above.
-    """
-    check_tensors("router_logits", x=x, weight=weight)
-    return RouterLogits.apply(x, weight)
 
 
 def _steering(op: str, logits: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:

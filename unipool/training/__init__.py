@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training, evaluation and reports. Needs the extra `train`; `import unipool` never loads it."""
+"""Training runs in folders, and the demo. Needs the extra `train`; `import unipool` never does."""

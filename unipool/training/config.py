@@ -3,11 +3,12 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from unipool.training.errors import InputError
+from unipool.errors import InputError
+from unipool.options import Option, check_options, known_options, read_options
 
 _MODEL_FIELDS = {  # option -> field of the model's configuration
     "d_model": "hidden_size",
@@ -33,69 +34,112 @@ CHANGEABLE = frozenset(
 )
 
 
+_MODEL, _DATA, _OPTIM, _RUN = "Model", "Data", "Optimisation", "Run"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of one run. None in the model part means: what `scale` and `form` say."""
 
-    form: str = "unipool"
-    scale: str = "tiny"
-    d_model: int | None = None
-    d_ff: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    init_std: float | None = None
-    num_pools: int | None = None
-    pool_size: int | None = None
-    top_k: int | None = None
-    router: str | None = None
-    router_state_size: int | None = None
-    router_scoring: str | None = None
-    balance: str | None = None
-    balance_coefficient: float | None = None
-    balance_delay: int | None = None
+    form: Annotated[
+        Literal["dense", "vanilla", "unipool"],
+        Option("dense MLPs, experts private to each layer, or one shared pool", _MODEL),
+    ] = "unipool"
+    scale: Annotated[str, Option("sizes: tiny, small, 182m, 469m, 650m, 830m or 978m", _MODEL)] = (
+        "tiny"
+    )
+    d_model: Annotated[int | None, Option("model width D", _MODEL, min=1)] = None
+    d_ff: Annotated[int | None, Option("width F of one expert", _MODEL, min=1)] = None
+    layers: Annotated[int | None, Option("layers L", _MODEL, min=1)] = None
+    heads: Annotated[int | None, Option("attention heads", _MODEL, min=1)] = None
+    kv_heads: Annotated[int | None, Option("key/value heads", _MODEL, min=1)] = None
+    init_std: Annotated[
+        float | None, Option("standard deviation of the first weights", _MODEL, min=0)
+    ] = None
+    num_pools: Annotated[
+        int | None, Option("pools G, from 1 (shared) to L (layer-private)", _MODEL, min=1)
+    ] = None
+    pool_size: Annotated[int | None, Option("experts M in a pool", _MODEL, min=1)] = None
+    top_k: Annotated[int | None, Option("experts k a token", _MODEL, min=1)] = None
+    router: Annotated[
+        Literal["norm", "softmax", "recurrent"] | None,
+        Option("how experts are scored; recurrent: a GRU over the layers", _MODEL),
+    ] = None
+    router_state_size: Annotated[
+        int | None,
+        Option("width of the recurrent router's state [width D, at most 256]", _MODEL, min=1),
+    ] = None
+    router_scoring: Annotated[
+        Literal["softmax", "norm"] | None,
+        Option("scores of the recurrent router [softmax]", _MODEL),
+    ] = None
+    balance: Annotated[
+        Literal["pool", "layer", "none"] | None, Option("what is kept in balance", _MODEL)
+    ] = None
+    balance_coefficient: Annotated[
+        float | None, Option("weight of the balance loss", _MODEL, min=0)
+    ] = None
+    balance_delay: Annotated[
+        int | None,
+        Option("load of the same (0) or the last (1) micro-batch", _MODEL, min=0, max=1),
+    ] = None
 
-    data: tuple[str, ...] = ()
-    field: str = "text"
-    tokenizer: str | None = None
-    val_fraction: float = 0.05
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            "text or .jsonl file, or a folder of them; repeatable [the standard library's source]",
+            _DATA,
+            path="read",
+        ),
+    ] = ()
+    field: Annotated[str, Option("field of a .jsonl row", _DATA)] = "text"
+    tokenizer: Annotated[
+        str | None, Option("Hugging Face tokenizer folder [bytes]", _DATA, path="read")
+    ] = None
+    val_fraction: Annotated[
+        float, Option("part of the text to hold out", _DATA, above=0, below=1)
+    ] = 0.05
+    seq_len: Annotated[int, Option("tokens a sequence", _DATA, min=2)] = 256
 
-    seq_len: int = 256
-    batch_size: int = 16
-    accumulate: int = 1
-    steps: int = 1000
-    seed: int = 0
-    lr: float = 5e-4
-    min_lr: float = 5e-5
-    warmup: float = 0.01
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    device: str = "auto"
-    precision: str = "fp32"
+    batch_size: Annotated[int, Option("sequences a micro-batch", _OPTIM, min=1)] = 16
+    accumulate: Annotated[int, Option("micro-batches a step", _OPTIM, min=1)] = 1
+    steps: Annotated[int, Option("optimizer steps", _OPTIM, min=1)] = 1000
+    seed: Annotated[
+        int, Option("weights, held-out split and order of the text", _OPTIM, min=0, below=1 << 32)
+    ] = 0
+    lr: Annotated[float, Option("highest learning rate", _OPTIM, above=0)] = 5e-4
+    min_lr: Annotated[
+        float, Option("last learning rate of the cosine [a tenth of --lr]", _OPTIM, min=0)
+    ] = 5e-5
+    warmup: Annotated[
+        float, Option("part of the steps to warm up over", _OPTIM, min=0, below=1)
+    ] = 0.01
+    weight_decay: Annotated[
+        float, Option("AdamW weight decay, of matrices only", _OPTIM, min=0)
+    ] = 0.1
+    clip: Annotated[float, Option("greatest gradient norm", _OPTIM, above=0)] = 1.0
+    device: Annotated[Literal["auto", "cpu", "cuda"], Option("where to train", _OPTIM)] = "auto"
+    precision: Annotated[
+        Literal["fp32", "bf16"], Option("bf16: autocast over float32 weights", _OPTIM)
+    ] = "fp32"
 
-    out: str = "runs/train"
-    save_every: int = 200
-    eval_every: int = 200
-    eval_tokens: int = 1 << 17
-    log_every: int = 10
-    keep: int = 2
+    out: Annotated[str, Option("folder of the run", _RUN, path="write")] = "runs/train"
+    save_every: Annotated[
+        int, Option("steps between checkpoints, 0: only the last", _RUN, min=0)
+    ] = 200
+    eval_every: Annotated[
+        int, Option("steps between evaluations, 0: only the last", _RUN, min=0)
+    ] = 200
+    eval_tokens: Annotated[int, Option("held-out tokens to evaluate on, 0: all", _RUN, min=0)] = (
+        1 << 17
+    )
+    log_every: Annotated[int, Option("steps between rows of metrics.jsonl", _RUN, min=1)] = 10
+    keep: Annotated[int, Option("checkpoints to keep", _RUN, min=1)] = 2
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "steps", "log_every", "keep"):
-            _check(getattr(self, name) >= 1, f"{_option(name)} must be >= 1", getattr(self, name))
-        for name in ("save_every", "eval_every", "eval_tokens"):
-            _check(getattr(self, name) >= 0, f"{_option(name)} must be >= 0", getattr(self, name))
-        _check(self.seq_len >= 2, "--seq-len must be >= 2", self.seq_len)
-        _check(0 <= self.seed < 1 << 32, "--seed must be in [0, 2**32)", self.seed)
-        _check(0 < self.val_fraction < 1, "--val-fraction must be in (0, 1)", self.val_fraction)
-        _check(0 < self.lr < math.inf, "--lr must be a positive number", self.lr)
-        _check(0 <= self.min_lr <= self.lr, f"--min-lr must be in [0, {self.lr:g}]", self.min_lr)
-        _check(0 <= self.warmup < 1, "--warmup must be in [0, 1)", self.warmup)
-        _check(0 <= self.weight_decay < math.inf, "--weight-decay must be >= 0", self.weight_decay)
-        _check(0 < self.clip < math.inf, "--clip must be a positive number", self.clip)
-        for name, values in (("device", ("auto", "cpu", "cuda")), ("precision", ("fp32", "bf16"))):
-            value = getattr(self, name)
-            _check(value in values, f"{_option(name)} must be one of {', '.join(values)}", value)
+        check_options(self)
+        if self.min_lr > self.lr:
+            raise InputError(f"--min-lr must be in [0, {self.lr:g}], got {self.min_lr}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -107,22 +151,19 @@ class TrainConfig:
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
         """The configuration in a run's config.json; InputError if it cannot be read."""
+        values = read_options(path, cls)
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            values["data"] = tuple(values["data"])
             return cls(**values)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except InputError as error:
             raise InputError(f"{path} is not the configuration of a run: {error}") from error
 
     def resumed_with(self, given: dict) -> "TrainConfig":
         """This configuration with `given` options replaced; InputError for one that must stay."""
         for name, value in given.items():
             if name not in CHANGEABLE and value != getattr(self, name):
+                flag = known_options(type(self))[name].flag
                 raise InputError(
-                    f"{_option(name)} must stay {getattr(self, name)} when a run is resumed, "
-                    f"got {value}"
+                    f"{flag} must stay {getattr(self, name)} when a run is resumed, got {value}"
                 )
         return dataclasses.replace(self, **given)
 
@@ -134,7 +175,9 @@ class TrainConfig:
         given = {name: value for name, value in given.items() if value is not None}
         if self.form == "dense":
             for name in _EXPERT_OPTIONS:
-                _check(name not in given, f"{_option(name)} has no meaning with --form dense", None)
+                if name in given:
+                    flag = known_options(type(self))[name].flag
+                    raise InputError(f"{flag} has no meaning with --form dense")
         if "heads" in given and "kv_heads" not in given:
             given["kv_heads"] = next(n for n in (4, 3, 2, 1) if given["heads"] % n == 0)
         try:
@@ -150,13 +193,12 @@ class TrainConfig:
             raise InputError(str(error).strip().splitlines()[0]) from error
 
 
-def plain(name: str, value):
-    """An option's value as JSON can hold it; what is read gets its full path, to be found again."""
-    if name == "data":
-        return tuple(str(path.resolve()) for path in value)
-    if name == "tokenizer":
-        return str(value.resolve())
-    return str(value) if isinstance(value, Path) else value
+def find_run(folder: Path) -> tuple[Path, TrainConfig] | None:
+    """The run that `folder` (model, or checkpoints/step-N) lies in, and its options, if any."""
+    for run in (folder.parent, folder.parent.parent):
+        if (run / "data.key").exists() and (run / "config.json").exists():
+            return run, TrainConfig.load(run / "config.json")
+    return None
 
 
 def with_last_rate(given: dict) -> dict:
@@ -164,12 +206,3 @@ def with_last_rate(given: dict) -> dict:
     if "lr" in given and "min_lr" not in given:
         return given | {"min_lr": given["lr"] / 10}
     return given
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _check(condition: bool, expectation: str, got) -> None:
-    if not condition:
-        raise InputError(expectation if got is None else f"{expectation}, got {got}")

@@ -13,18 +13,19 @@ import time
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import unipool
+from unipool.configs import DemoConfig
+from unipool.errors import InputError
+from unipool.files import write_text
 from unipool.models import parameter_counts
-from unipool.training.callbacks import mean_rate, read_metrics
-from unipool.training.checkpoint import write_text
+from unipool.models.generation import generate_text
+from unipool.models.loading import load_model
+from unipool.report.runs import write_report
+from unipool.report.tables import terminal
 from unipool.training.config import TrainConfig
-from unipool.training.errors import InputError
-from unipool.training.generate import generate_text, load_model
-from unipool.training.report import write_report
+from unipool.training.metrics import mean_rate, read_metrics
 from unipool.training.run import RunResult, run_training
 
 LAYERS = 4
@@ -73,7 +74,7 @@ class DemoInterruptedError(Exception):
         self.signal = signal
 
 
-def demo_configs(out: Path, steps: int, seed: int, device: str) -> dict[str, TrainConfig]:
+def demo_configs(config: DemoConfig) -> dict[str, TrainConfig]:
     """The three runs by name. Same data, order, active size, steps and learning rate."""
     total = LAYERS * EXPERTS_A_LAYER
     forms = {
@@ -81,38 +82,35 @@ def demo_configs(out: Path, steps: int, seed: int, device: str) -> dict[str, Tra
         "shared-pool": {"form": "unipool", "pool_size": total},
         "half-pool": {"form": "unipool", "pool_size": total // 2},
     }
-    common = _SHAPE | _TRAINING | {"steps": steps, "seed": seed, "device": device}
+    common = _SHAPE | _TRAINING | {"seed": config.seed, "device": config.device}
+    common["steps"] = config.steps or STEPS
     return {
-        name: TrainConfig(**common, **form, out=str(Path(out) / name))
+        name: TrainConfig(**common, **form, out=str(config.out / name))
         for name, form in forms.items()
     }
 
 
-def run_demo(
-    out: Path, *, steps: int, seed: int, device: str, resume: bool, console: Console
-) -> dict:
-    """Train, evaluate and report into `out`; returns the content of metrics.json."""
-    begin = time.perf_counter()
-    out = Path(out)
-    configs = demo_configs(out, steps, seed, device)
+def run_demo(config: DemoConfig, *, resume: bool = False, console: Console | None = None) -> dict:
+    """Train, measure and report into a folder; returns the content of metrics.json."""
+    begin, console = time.perf_counter(), console or Console(quiet=True)
+    out, configs = config.out, demo_configs(config)
     if not resume:
         _clear(out, configs)
     runs, samples = [], {}
-    for name, config in configs.items():
-        console.print(f"[bold]{name}[/bold]  {_describe(config)}", highlight=False)
-        go_on = resume and Path(config.out, "config.json").exists()
-        result = run_training(config, resume=go_on, console=console, name=name)
+    for name, run in configs.items():
+        console.print(f"[bold]{name}[/bold]  {_describe(run)}", highlight=False)
+        go_on = resume and Path(run.out, "config.json").exists()
+        result = run_training(run, resume=go_on, console=console, name=name)
         if result.signal is not None:
             raise DemoInterruptedError(result.signal)
-        runs.append(_entry(name, config, result))
-        samples[name] = generate_text(
-            *load_model(Path(config.out)), PROMPT, 240, 0.7, seed
-        ).rstrip()
+        runs.append(_entry(name, run, result))
+        trained = load_model(Path(run.out))
+        samples[name] = generate_text(*trained, PROMPT, 240, 0.7, config.seed).rstrip()
     metrics = {
         "runs": runs,
         "torch": torch.__version__,
         "unipool": unipool.__version__,
-        "seed": seed,
+        "seed": config.seed,
     }
     write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     notes = _notes(configs["layer-private"], result, time.perf_counter() - begin)
@@ -152,11 +150,11 @@ def _entry(name: str, config: TrainConfig, result: RunResult) -> dict:
         "params_total": counts["total"],
         "params_expert": counts["expert"],
         "params_active": counts["active"],
-        "val_loss": result.evaluation.loss,
-        "val_bits_per_byte": result.data.bits_per_byte(result.evaluation.loss),
+        "val_loss": result.validation.loss,
+        "val_bits_per_byte": result.data.bits_per_byte(result.validation.loss),
         "train_loss": [[row["step"], row["lm_loss"]] for row in rows],
         "tokens_per_second": mean_rate(rows),
-        "load": result.evaluation.load,
+        "load": result.validation.load,
     }
 
 
@@ -184,9 +182,7 @@ def _machine(model) -> str:
 
 
 def _show(console: Console, metrics: dict, samples: dict, notes: list[str], page: Path) -> None:
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in _COLUMNS:
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    table = terminal(list(_COLUMNS), left=("model",))
     for run in metrics["runs"]:
         table.add_row(*(cell(run) for cell in _COLUMNS.values()))
     console.print(table)

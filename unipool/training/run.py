@@ -2,7 +2,7 @@
 """One training run in one folder.
 
 <out>/config.json      the options, as resolved
-<out>/metrics.jsonl    one row a logged step or evaluation
+<out>/metrics.jsonl    one row per logged step or validation
 <out>/checkpoints/     step-N, complete or absent
 <out>/model/           the final model and tokenizer, as save_pretrained writes them
 """
@@ -20,41 +20,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_
 from transformers.utils import logging as transformers_logging
 
 import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
-from unipool.training.callbacks import MetricsLog, ProgressDisplay, StopCallback, StopSignals
-from unipool.training.checkpoint import (
-    complete_folder,
-    latest_checkpoint,
-    step_of,
-    sweep,
-    write_text,
-)
+from unipool.data.tokenizer import load_tokenizer
+from unipool.data.tokens import TokenData, check_length, default_cache, load_data
+from unipool.errors import InputError, TrainingError
+from unipool.files import complete_folder, latest_checkpoint, remove_leftovers, step_of, write_text
+from unipool.models.loading import resolve_device
+from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
-from unipool.training.data import TokenData, check_length, default_cache, load_data
-from unipool.training.errors import InputError, TrainingError
-from unipool.training.evaluate import Evaluation
-from unipool.training.tokenizer import load_tokenizer
+from unipool.training.metrics import MetricsLog
 from unipool.training.trainer import WRITE_ERRORS, PoolTrainer
+from unipool.training.validation import Validation
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `evaluation` is None if `signal` stopped it before its last step."""
+    """What a run came to. `validation` is None if `signal` stopped it before its last step."""
 
     config: TrainConfig
     model: torch.nn.Module
     data: TokenData
     step: int
-    evaluation: Evaluation | None
+    validation: Validation | None
     signal: int | None
-
-
-def resolve_device(name: str) -> str:
-    """The device type that `name` ("auto", "cpu" or "cuda") means; InputError without CUDA."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device (see `unipool doctor`)")
-    return name
 
 
 def run_training(
@@ -92,11 +79,11 @@ def run_training(
             step = trainer.state.global_step
             if step < config.steps:
                 return RunResult(config, model, data, step, None, signals.received)
-            if step not in trainer.evaluations:
+            if step not in trainer.validations:
                 trainer.evaluate()
-            evaluation = trainer.evaluation()
+            validation = trainer.validation()
             _save_model(model, saved_tokenizer, out / "model")
-    return RunResult(config, model, data, step, evaluation, signals.received)
+    return RunResult(config, model, data, step, validation, signals.received)
 
 
 def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: str) -> None:
@@ -116,6 +103,13 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
 
 def open_data(config: TrainConfig, out: Path):
     """(TokenData, tokenizer) of a run into `out`; InputError if the text is not long enough."""
+    data, tokenizer = tokenise(config, data_cache(out))
+    check_length(data, config.seq_len, ", ".join(config.data) or "the standard library's source")
+    return data, tokenizer
+
+
+def tokenise(config: TrainConfig, cache: Path):
+    """(TokenData, tokenizer) of a run's text, made or found in `cache`."""
     tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else None)
     options = {
         "field": config.field,
@@ -124,11 +118,9 @@ def open_data(config: TrainConfig, out: Path):
     }
     paths = [Path(path) for path in config.data]
     try:
-        data = load_data(paths, tokenizer, cache=data_cache(out), **options)
+        return load_data(paths, tokenizer, cache=cache, **options), tokenizer
     except OSError as error:
         raise InputError(f"data: cannot write token files: {error}") from error
-    check_length(data, config.seq_len, ", ".join(config.data) or "the standard library's source")
-    return data, tokenizer
 
 
 def data_cache(out: Path) -> Path:
@@ -178,8 +170,8 @@ def locked(out: Path) -> Iterator[None]:
 def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -> Path | None:
     """Write config.json, or check that the run may go on; returns the checkpoint to start from."""
     checkpoints, key_file = out / "checkpoints", out / "data.key"
-    sweep(out)
-    sweep(checkpoints)
+    remove_leftovers(out)
+    remove_leftovers(checkpoints)
     checkpoint = None
     if resume:
         checkpoint = _last_usable(checkpoints, console)

@@ -2,12 +2,12 @@
 """Hugging Face's Trainer with complete-or-absent checkpoints, exact resume, and no hidden NaN.
 
 What is changed, and at which seam:
-- `_save_checkpoint`: writes aside, then renames (checkpoint.py);
+- `_save_checkpoint`: writes aside, then renames (unipool/files.py);
 - `get_train_dataloader`: starts at the resumed position in O(1), draws from no global generator;
 - `compute_loss`, `log`: language and balance loss are logged apart, averaged over the same window,
   and a window that a checkpoint cuts in two is restored;
 - `training_step`, `_clip_grad_norm`: non-finite loss or gradient raises before a weight changes;
-- `evaluate`: the exact held-out loss of evaluate.py.
+- `evaluate`: the exact held-out loss of validation.py.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from unipool.training.checkpoint import complete_folder, prune, step_folder, step_of
+from unipool.data.tokens import TokenData, TrainBlocks, ValBlocks
+from unipool.errors import TrainingError
+from unipool.files import complete_folder, prune, step_folder, step_of
 from unipool.training.config import TrainConfig
-from unipool.training.data import TokenData, TrainBlocks, ValBlocks
-from unipool.training.errors import TrainingError
-from unipool.training.evaluate import Evaluation, evaluate
+from unipool.training.validation import Validation, validate
 
 WRITE_ERRORS = (
     OSError,
@@ -114,7 +114,7 @@ class PoolTrainer(Trainer):
         self.data = data
         self.tokenizer = tokenizer
         self.checkpoints = Path(checkpoints)
-        self.evaluations: dict[int, Evaluation] = {}  # by step
+        self.validations: dict[int, Validation] = {}  # by step
         self._first_step = 0
         self._step_loss: torch.Tensor | None = None
         self._window: dict[str, torch.Tensor] = {}
@@ -175,7 +175,7 @@ class PoolTrainer(Trainer):
             )
         return norm
 
-    # --- log and evaluation
+    # --- log and validation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -192,7 +192,7 @@ class PoolTrainer(Trainer):
         self._window, self._window_seconds, self._window_steps = {}, 0.0, 0
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="val"):
-        result = self.evaluation()
+        result = self.validation()
         metrics = {
             "val_loss": result.loss,
             "val_bits_per_byte": self.data.bits_per_byte(result.loss),
@@ -203,15 +203,15 @@ class PoolTrainer(Trainer):
         )
         return metrics
 
-    def evaluation(self) -> Evaluation:
+    def validation(self) -> Validation:
         """Held-out loss at the current step; computed once."""
         step = self.state.global_step
-        if step not in self.evaluations:
+        if step not in self.validations:
             config = self.run_config
-            self.evaluations[step] = evaluate(
+            self.validations[step] = validate(
                 self.model, self.val_blocks, config.batch_size, config.precision
             )
-        return self.evaluations[step]
+        return self.validations[step]
 
     # --- checkpoints
 

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import matplotlib
-import matplotlib.ticker
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from unipool.training.checkpoint import write_text
-from unipool.training.page import COLORS, PLOT, document, image, paragraphs, png, table
+from unipool.files import write_text
+from unipool.report.page import COLORS, PLOT, document, image, paragraphs, table, write_pictures
 
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 COLUMNS = (
@@ -64,22 +66,26 @@ def load_figure(run: dict) -> Figure:
     """
     load = np.asarray(run["load"], dtype=float)
     layers, experts = load.shape
-    relative = load * experts
     with matplotlib.rc_context({**PLOT, "axes.grid": False}):
-        figure = Figure(figsize=(8, 1.6 + 0.34 * max(layers, 3)), layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(
-            relative, aspect="auto", cmap="cividis", vmin=0, vmax=max(2.0, relative.max())
-        )
-        axes.set_xlabel("expert of the layer's pool")
-        axes.set_ylabel("layer")
+        figure, axes, bar = load_map(load * experts)
         axes.set_yticks(range(0, layers, max(1, layers // 12)))
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=16))
         axes.set_title(f"{run['name']}: expert load over the validation text", loc="left")
-        bar = figure.colorbar(image, ax=axes, pad=0.02)
-        bar.set_label("load ÷ uniform share")
         bar.outline.set_visible(False)
     return figure
+
+
+def load_map(relative: np.ndarray) -> tuple[Figure, Axes, Colorbar]:
+    """The heat map of loads [L, M] in multiples of a layer's uniform share; NaN stays empty."""
+    figure = Figure(figsize=(8, 1.6 + 0.34 * max(len(relative), 3)), layout="constrained")
+    axes = figure.add_subplot()
+    top = max(2.0, np.nanmax(relative))
+    image = axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0, vmax=top)
+    axes.set_xlabel("expert of the layer's pool")
+    axes.set_ylabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("load ÷ uniform share")
+    return figure, axes, bar
 
 
 def write_report(folder: Path, title: str, notes: list[str], metrics: dict, samples: dict) -> Path:
@@ -93,11 +99,7 @@ def write_report(folder: Path, title: str, notes: list[str], metrics: dict, samp
     for run in runs:
         if run["load"]:
             figures["load-" + re.sub(r"[^a-z0-9]+", "-", run["name"].lower())] = load_figure(run)
-    images = []
-    for name, figure in figures.items():
-        picture = png(figure)
-        (folder / f"{name}.png").write_bytes(picture)
-        images.append(image(name, picture))
+    images = [image(*entry) for entry in write_pictures(folder, figures).items()]
     page = folder / "report.html"
     write_text(page, _page(title, notes, metrics, images, samples))
     return page

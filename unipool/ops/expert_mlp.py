@@ -1,67 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert computation: grouped_mm and the fused SwiGLU expert_mlp."""
-
-from typing import NamedTuple, Protocol
+"""The experts of one layer: a fused SwiGLU of each expert, weighted and summed for each token."""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unipool.ops._common import autocast, check_devices, check_tensors
+from unipool.ops.arguments import autocast, check_devices, check_tensors
 from unipool.ops.dispatch import dispatch_plan
+from unipool.ops.grouped_wgrad import WeightGradCollector, WeightGradSegment
 from unipool.ops.router import Routing
 
 _ops = torch.ops.unipool
 
 
-class WeightGradSegment(NamedTuple):
-    """What one layer's backward leaves with a collector: the operands of both weight gradients."""
-
-    grad: Tensor  # [T, D], of the layer's output
-    x: Tensor  # [T, D], the layer's input
-    grad_preact: Tensor  # [N, 2F], sorted rows
-    hidden: Tensor  # [N, F], sorted rows, times the router weight
-    order: Tensor  # [N] int32
-    offsets: Tensor  # [M + 1] int32
-
-
-class WeightGradCollector(Protocol):
-    """Takes segments in place of returned weight gradients; unipool.nn.pool_pass has the one."""
-
-    def add(self, segment: WeightGradSegment, top_k: int, needs: tuple[bool, bool]) -> None: ...
-
-
 # --- fakes
-
-
-@torch.library.register_fake("unipool::grouped_mm")
-def _(a, b, offsets):
-    check_devices("grouped_mm", a=a, b=b, offsets=offsets)
-    return a.new_empty((a.shape[0], b.shape[1]))
-
-
-@torch.library.register_fake("unipool::grouped_mm_bwd_a")
-def _(grad, b, offsets):
-    check_devices("grouped_mm_bwd_a", grad=grad, b=b, offsets=offsets)
-    return grad.new_empty((grad.shape[0], b.shape[2]))
-
-
-def _check_segments(op: str, **lists: list[Tensor]) -> None:
-    check_devices(op, **{f"{name}[{i}]": t for name, ts in lists.items() for i, t in enumerate(ts)})
-
-
-@torch.library.register_fake("unipool::grouped_wgrad")
-def _(grad, input, order, offsets, grad_top_k, input_top_k, out_dtype=None):
-    _check_segments("grouped_wgrad", grad=grad, input=input, order=order, offsets=offsets)
-    shape = (offsets[0].shape[0] - 1, grad[0].shape[1], input[0].shape[1])
-    return grad[0].new_empty(shape, dtype=out_dtype or grad[0].dtype)
-
-
-@torch.library.register_fake("unipool::grouped_wgrad_")
-def _(sum, grad, input, order, offsets, grad_top_k, input_top_k):
-    lists = {"grad": grad, "input": input, "order": order, "offsets": offsets}
-    _check_segments("grouped_wgrad_", sum=[sum], **lists)
-    return None
 
 
 @torch.library.register_fake("unipool::expert_mlp")
@@ -113,25 +65,6 @@ def _frees_saved_tensors() -> bool:
     return not keeps_graph()
 
 
-class GroupedMM(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, b, offsets):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, b, offsets)
-        return _ops.grouped_mm(a, b, offsets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        a, b, offsets = ctx.saved_tensors
-        grad_a = grad_b = None
-        if grad is not None and ctx.needs_input_grad[0]:
-            grad_a = _ops.grouped_mm_bwd_a(grad, b, offsets)
-        if grad is not None and ctx.needs_input_grad[1]:
-            grad_b = _ops.grouped_wgrad([grad], [a], [], [offsets], 0, 0)
-        return grad_a, grad_b, None
-
-
 class ExpertMLP(torch.autograd.Function):
     """With a collector (nn/pool_pass.py) the weight gradients' operands are left there.
 
@@ -177,26 +110,6 @@ class ExpertMLP(torch.autograd.Function):
 
 
 # --- public
-
-
-def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Multiplies the rows of each expert by that expert's matrix, transposed.
-
-    Args:
-        a: [N, K] rows sorted by expert.
-        b: [M, n, K], same dtype.
-        offsets: [M + 1] int32, rows of expert e are offsets[e]:offsets[e + 1].
-
-    Returns:
-        [N, n] in the dtype of a, accumulated in float32 (float64 for float64); rows past
-        offsets[M] are zero, and so is the gradient of an expert without rows.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit; offsets do not ascend (CPU).
-    """
-    check_tensors("grouped_mm", a=a, b=b, offsets=offsets)
-    a, b = autocast(a, b)
-    return GroupedMM.apply(a, b, offsets)
 
 
 def expert_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, MixtralForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from unipool.checkpoints import find_model
+from unipool.configs import ConvertConfig, ResizeConfig
+from unipool.errors import InputError, TrainingError
+from unipool.files import MANIFEST, complete_folder
 from unipool.models import UniPoolConfig, UniPoolForCausalLM
 from unipool.models.convert import check_mixtral, from_mixtral, to_mixtral, to_private, to_shared
 from unipool.models.resize import resize_pool
-from unipool.training.checkpoint import MANIFEST, complete_folder
-from unipool.training.errors import InputError, TrainingError
-from unipool.training.generate import find_model
 
-TARGETS = ("shared", "private", "mixtral")
 OPTIMIZER = "optimizer.pt"
 # What save_pretrained writes anew; also what another tool may have left of the same weights.
 _MODEL_FILES = (
@@ -32,47 +32,49 @@ _MODEL_FILES = (
 _TRAINER_FILES = ("optimizer*", "scheduler*", "trainer_state*", "training_args*", "rng_state*")
 
 
-def convert_folder(
-    source: Path, out: Path, to: str, *, balance: str | None = None, untie: bool = False
-) -> UniPoolConfig:
-    """Write the model of `source` (run, checkpoint or Hugging Face folder) to `out`, converted.
+def convert_folder(config: ConvertConfig) -> UniPoolConfig:
+    """Write the model of a run, checkpoint or Hugging Face folder to another, converted.
 
-    to: "shared", "private" or "mixtral"; balance: of `to_shared`; untie: of `to_private`. Files
-    beside the model, such as a tokenizer, are copied; the state of a trainer is not, for it belongs
-    to other parameters. Returns the new configuration; raises InputError.
+    balance: of `to_shared`; untie: of `to_private`. Files beside the model, such as a tokenizer,
+    are copied; the state of a trainer is not, for it belongs to other parameters. Returns the new
+    model's configuration; raises InputError.
     """
-    if to not in TARGETS:
-        raise InputError(f"--to must be one of {', '.join(TARGETS)}, got {to}")
-    folder = _source(source, out)
+    folder = _source(config.source, config.out)
     with _one_line():
         model = _load(folder)
-        if to == "shared":
-            model = to_shared(model, balance) if model.config.num_pools > 1 else _refuse_shared()
-        elif model.config.num_pools < model.config.num_hidden_layers:
-            model = to_private(model, untie=untie)
-        if to == "mixtral":
+        pools, layers = model.config.num_pools, model.config.num_hidden_layers
+        if config.to == "shared":
+            model = to_shared(model, config.balance) if pools > 1 else _refuse_shared()
+        elif pools < layers:
+            model = to_private(model, untie=config.untie)
+        if config.to == "mixtral":
             model = to_mixtral(model)
-    _write(model, folder, out, _MODEL_FILES + _TRAINER_FILES)
+    _write(model, folder, config.out, _MODEL_FILES + _TRAINER_FILES)
     return model.config
 
 
-def resize_folder(
-    source: Path, out: Path, num_experts: int, *, load: Path | None = None, **options
-) -> list[list[int]]:
-    """Write the model of `source` to `out` with pools of `num_experts`; see `resize_pool`.
+def resize_folder(config: ResizeConfig) -> list[list[int]]:
+    """Write the model of a folder to another, with more or fewer experts; see `resize_pool`.
 
-    A checkpoint's optimizer.pt goes along, and so do its other files: `out` is then a checkpoint to
-    resume from with a model of the new config.json. load: JSON file with [L, M] or [M] numbers.
-    options: add, show, experts and seed of `resize_pool`, whose result is returned. Raises
-    InputError.
+    A checkpoint's optimizer.pt goes along, and so do its other files: what is written is then a
+    checkpoint to resume from with a model of the new config.json. load: JSON file with [L, M] or
+    [M] numbers. Returns what `resize_pool` returns; raises InputError.
     """
-    folder = _source(source, out)
+    folder = _source(config.source, config.out)
     with _one_line():
         model = _load(folder)
         optimizer = _load_optimizer(model, folder)
-        loads = None if load is None else _read_load(load)
-        origins = resize_pool(model, num_experts, load=loads, optimizer=optimizer, **options)
-    _write(model, folder, out, (*_MODEL_FILES, OPTIMIZER), optimizer)
+        origins = resize_pool(
+            model,
+            config.experts,
+            add=config.add,
+            show=config.show,
+            experts=config.chosen(),
+            load=None if config.load is None else _read_load(config.load),
+            seed=config.seed,
+            optimizer=optimizer,
+        )
+    _write(model, folder, config.out, (*_MODEL_FILES, OPTIMIZER), optimizer)
     return origins
 
 

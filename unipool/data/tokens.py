@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unipool.training.checkpoint import complete_folder, folder_fault, sweep
-from unipool.training.corpus import Document, path_documents, stdlib_documents
-from unipool.training.errors import InputError
-from unipool.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from unipool.data.corpus import Document, path_documents, stdlib_documents
+from unipool.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from unipool.errors import InputError
+from unipool.files import complete_folder, folder_fault, remove_leftovers
 
 _FORMAT = 1
 _BATCH_BYTES = 4 << 20  # text tokenised at a time, to bound memory
@@ -171,7 +171,7 @@ def _write_tokens(folder, documents, tokenizer, held_out, key: str, fraction: fl
     }
     for split in ("train", "val"):
         meta |= {f"{split}_bytes": 0, f"{split}_tokens": 0, f"{split}_documents": 0}
-    sweep(folder.parent, older_than=_DAY)
+    remove_leftovers(folder.parent, older_than=_DAY)
     with complete_folder(folder) as staging, contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(staging / f"{s}.bin", "wb")) for s in ("train", "val")}
         for batch in _batches(_splits(documents, held_out, fraction)):

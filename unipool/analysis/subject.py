@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model in a checkpoint, and the text to look at it with."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unipool.training.checkpoint import MANIFEST, folder_fault, step_of
-from unipool.training.config import TrainConfig
-from unipool.training.corpus import path_documents
-from unipool.training.data import ValBlocks, default_cache, load_data
-from unipool.training.errors import InputError
-from unipool.training.generate import find_model, load_model
-from unipool.training.run import resolve_device
-from unipool.training.tokenizer import HuggingFaceTokenizer, load_tokenizer
-
-ALLOWED = "a run folder, a complete checkpoint of one, or a Hugging Face model folder"
+from unipool.checkpoints import checked_model
+from unipool.data.corpus import path_documents
+from unipool.data.tokenizer import HuggingFaceTokenizer
+from unipool.data.tokens import ValBlocks, default_cache
+from unipool.errors import InputError
+from unipool.models.loading import load_model, resolve_device
+from unipool.training.config import TrainConfig, find_run
+from unipool.training.run import tokenise
 
 
 @dataclass(frozen=True)
@@ -74,35 +71,8 @@ def load_subject(
     return Subject(folder, model, ValBlocks(ids, length, tokens), batch_size, source)
 
 
-def checked_model(checkpoint: Path) -> Path:
-    """As find_model, but what a run wrote must have the manifest that vouches for it."""
-    path = Path(checkpoint)
-    try:
-        folder = find_model(path)
-    except InputError as error:
-        raise InputError(f"{error}; give {ALLOWED}") from error
-    from_run = step_of(folder) >= 0 or (folder.parent / "data.key").exists()
-    if from_run and not (folder / MANIFEST).exists():
-        raise InputError(f"model: {folder} is incomplete: {folder_fault(folder)}; give {ALLOWED}")
-    return folder
-
-
-def find_run(folder: Path) -> tuple[Path, TrainConfig] | None:
-    """The run that `folder` (model, or checkpoints/step-N) lies in, and its options, if any."""
-    for run in (folder.parent, folder.parent.parent):
-        if (run / "data.key").exists() and (run / "config.json").exists():
-            return run, TrainConfig.load(run / "config.json")
-    return None
-
-
 def _held_out_tokens(folder: Path, run: TrainConfig) -> np.ndarray:
-    tokenizer = load_tokenizer(Path(run.tokenizer) if run.tokenizer else None)
-    paths = [Path(path) for path in run.data]
-    options = {"field": run.field, "seed": run.seed, "val_fraction": run.val_fraction}
-    try:
-        data = load_data(paths, tokenizer, cache=default_cache(), **options)
-    except OSError as error:
-        raise InputError(f"data: cannot write token files: {error}") from error
+    data, _ = tokenise(run, default_cache())
     if data.key != (folder / "data.key").read_text(encoding="utf-8").strip():
         raise InputError(
             f"data: the text of {folder} has changed since, so that what was held out is not "
@@ -131,16 +101,3 @@ def _sequence_length(model, run: TrainConfig | None, given: int | None) -> int:
     if not 2 <= length <= most:
         raise InputError(f"--seq-len must be in [2, {most}], got {length}")
     return length
-
-
-def check_writable(file: Path | None) -> None:
-    """InputError unless `file`, and its folder if there is none yet, can be made; makes nothing."""
-    if file is None:
-        return
-    folder = Path(file).absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {file}: {folder} is not a folder that can be written to")
-    if file.is_dir():
-        raise InputError(f"cannot write {file}: it is a folder")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops share: the type of sums, autocast, and checks that C++ cannot word."""
+"""Arguments of the ops: checks that C++ cannot word, autocast, and the type of sums."""
 
 import torch
 from torch import Tensor

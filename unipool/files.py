@@ -165,7 +165,7 @@ def prune(folder: Path, keep: int) -> None:
             kept += 1
 
 
-def sweep(folder: Path, older_than: float = 0.0) -> None:
+def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
     """Remove what killed writers left in `folder`, if untouched for `older_than` seconds."""
     if not Path(folder).is_dir():
         return

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from unipool.training.data import ValBlocks
+from unipool.data.tokens import ValBlocks
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Validation:
     """loss: mean cross-entropy in nats a token, without any balance loss.
 
     load: for each layer, the fraction of its (token, slot) pairs that each expert of its pool got;
@@ -23,7 +23,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model, blocks: ValBlocks, batch_size: int, precision: str = "fp32") -> Evaluation:
+def validate(model, blocks: ValBlocks, batch_size: int, precision: str = "fp32") -> Validation:
     """Run `model` in evaluation mode over `blocks`; its mode is put back afterwards."""
     device = next(model.parameters()).device
     training = model.training
@@ -44,4 +44,4 @@ def evaluate(model, blocks: ValBlocks, batch_size: int, precision: str = "fp32")
         model.train(training)
     if load is not None:
         load = (load.double() / load.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
-    return Evaluation(nats / tokens, tokens, load)
+    return Validation(nats / tokens, tokens, load)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from unipool.training.errors import InputError
+from unipool.errors import InputError
 
 _JSONL = {".jsonl", ".ndjson"}
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}

@@ -5,6 +5,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -39,6 +40,14 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
+
+
+def write_pictures(folder: Path, figures: dict[str, Figure]) -> dict[str, bytes]:
+    """Write each figure as <name>.png into `folder`; returns the pictures by name."""
+    pictures = {name: png(figure) for name, figure in figures.items()}
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    return pictures
 
 
 def image(name: str, data: bytes) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unipool.training.errors import InputError
+from unipool.errors import InputError
 
 SEPARATOR = "<|endoftext|>"
 _VOCABULARY_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")

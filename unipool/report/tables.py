@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells and tables as text."""
+"""Cells and tables as text, and tables on a terminal."""
 
 from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
 
 
 def with_spread(mean: float, std: float | None, form: str) -> str:
@@ -13,3 +16,11 @@ def with_spread(mean: float, std: float | None, form: str) -> str:
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def terminal(head: Sequence[str], left: Iterable[str] = ()) -> Table:
+    """An empty table for rich's console; all but the columns in `left` are aligned to the right."""
+    table, left = Table(box=box.SIMPLE, padding=(0, 1, 0, 0)), set(left)
+    for name in head:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table

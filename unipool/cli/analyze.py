@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unipool analyze`."""
+
+from unipool.cli.options import command
+from unipool.configs import AnalyzeConfig
+
+
+@command(AnalyzeConfig)
+def analyze(given: dict) -> None:
+    """Describe what the routers of a model do: load, entropy, layers compared, experts compared."""
+    config = AnalyzeConfig(**given)
+    from unipool.analysis.run import analyze_checkpoint
+
+    page, summary = analyze_checkpoint(config)
+    print(summary)
+    print(f"report: {page}")

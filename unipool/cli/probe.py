@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unipool probe`."""
+
+from unipool.cli.options import command
+from unipool.configs import ProbeConfig
+
+
+@command(ProbeConfig)
+def probe(given: dict) -> None:
+    """Give one layer at a time random experts, and see what that costs."""
+    config = ProbeConfig(**given)
+    from unipool.analysis.run import probe_checkpoint
+
+    result, subject = probe_checkpoint(config)
+    _show(result, subject)
+
+
+def _show(result, subject) -> None:
+    from rich.console import Console
+
+    from unipool.report.tables import terminal, with_spread
+
+    console = Console()
+    console.print(
+        f"{type(subject.model).__name__}: loss {result.loss:.4f} nats a token, accuracy "
+        f"{result.accuracy:.2%}, over {result.tokens:,} tokens ({subject.source})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = terminal(("random layer", "loss (nats)", "accuracy (points)"))
+    for entry in result.layers:
+        points = None if entry.accuracy_spread is None else 100 * entry.accuracy_spread
+        table.add_row(
+            str(entry.layer),
+            with_spread(entry.loss_increase, entry.loss_spread, "+.4f"),
+            with_spread(-100 * entry.accuracy_drop, points, "+.2f"),
+        )
+    console.print(table)
+    console.print(
+        f"differences to the model as it is; mean ± standard deviation over {len(result.seeds)} "
+        f"seed{'s' if len(result.seeds) > 1 else ''}; weights: {result.weights}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unipool train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unipool.cli.options import command
+from unipool.errors import InputError
+from unipool.training.config import TrainConfig, with_last_rate
+
+
+@command(TrainConfig)
+def train(
+    given: dict,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="go on from the last complete checkpoint in --out",
+            rich_help_panel="Run",
+        ),
+    ] = False,
+) -> None:
+    """Train a language model into a run folder."""
+    out = given.get("out", TrainConfig.out)
+    if resume:
+        if not Path(out, "config.json").is_file():
+            raise InputError(f"--resume: {out} holds no run")
+        config = TrainConfig.load(Path(out, "config.json")).resumed_with(given | {"out": out})
+    else:
+        config = TrainConfig(**with_last_rate(given))
+
+    from rich.console import Console
+
+    from unipool.training.run import run_training
+
+    console = Console()
+    result = run_training(config, resume=resume, console=console)
+    if result.validation is None:
+        again = f"unipool train --resume --out {out}"
+        console.print(f"stopped after step {result.step}; go on with: {again}", soft_wrap=True)
+        raise typer.Exit(128 + result.signal)
+    console.print(f"model: {Path(out, 'model')}", soft_wrap=True)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics file of a run: how it is written, read, and averaged."""
+
+import json
+import math
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from unipool.files import write_text
+
+_COLUMNS = ("loss", "lm_loss", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second")
+
+
+class MetricsLog(TrainerCallback):
+    """Appends one JSON object a line to `path`: one row a step and kind, also across resumes."""
+
+    def __init__(self, path: Path):
+        self._path = Path(path)
+        self._written: set[tuple] = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Steps after the checkpoint are going to be taken, and logged, again.
+        rows = [row for row in read_metrics(self._path) if row["step"] <= state.global_step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._written = {_kind(row) for row in rows}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            names = (*_COLUMNS, "epoch")
+        elif "val_loss" in logs:
+            names = ("val_loss", "val_bits_per_byte")
+        else:
+            return
+        row = {"step": state.global_step} | {n: _finite(logs[n]) for n in names if n in logs}
+        if _kind(row) in self._written:
+            return
+        self._written.add(_kind(row))
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _kind(row: dict) -> tuple[int, bool]:
+    return row["step"], "val_loss" in row
+
+
+def _finite(value: float) -> float | str:
+    """JSON has no NaN or infinity; they are written as strings rather than left out."""
+    return value if math.isfinite(value) else str(value)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a metrics file; a last line cut short by a kill is left out."""
+    rows = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def mean_rate(rows: list[dict]) -> float | None:
+    """Mean tokens a second over the rows of a metrics file; the first of several is left out.
+
+    Rows stand for equal numbers of steps, so this is the harmonic mean; the first row pays for
+    warming up.
+    """
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    rates = rates[1:] or rates
+    return len(rates) / sum(1 / rate for rate in rates) if rates else None
