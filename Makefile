@@ -39,12 +39,27 @@ NVCC := build/nvcc/installed
 export PATH := $(CURDIR)/build/nvcc/packages/nvidia/cu13/bin:$(PATH)
 endif
 
+# An H100's profile; of the whole suite also what only the code for sm_80 needs, on an A100's, the
+# coverage of the kernels, and bench/gpu_check.sh rehearsed.
+GPU_TEST := UNIPOOL_LIBRARY_DIR=$(CURDIR)/build/gpu-test/package/lib SOFTGPU_SMS=8 \
+  SOFTGPU_COVERAGE=$(CURDIR)/build/coverage
+GPU_PYTEST := $(GPU_BIN)/python -m pytest -n $(JOBS) -o faulthandler_exit_on_timeout=true
+
 gpu-test: $(GPU_VENV)/installed $(NVCC)
 	@$(GPU_BIN)/python softgpu/build.py
 	@PATH="$(CURDIR)/$(GPU_BIN):$$PATH" $(MAKE) --no-print-directory gpu-library
-	@UNIPOOL_LIBRARY_DIR=$(CURDIR)/build/gpu-test/package/lib SOFTGPU_SMS=8 \
-	  $(GPU_BIN)/python -m pytest -n $(JOBS) -o faulthandler_exit_on_timeout=true \
-	  -k "cuda or softgpu" $(TESTS) $(ARGS)
+	@rm -rf build/coverage
+	@$(GPU_TEST) $(GPU_PYTEST) -k "cuda or softgpu" $(TESTS) $(ARGS)
+ifeq ($(TESTS),tests)
+	@echo "the kernels of sm_80"
+	@$(GPU_TEST) SOFTGPU_GPU=a100 $(GPU_PYTEST) -k "cuda and bf16" tests/test_kernel_cases.py
+	@$(GPU_BIN)/python -m softgpu.coverage build/coverage \
+	  --libraries build/gpu-test/package/lib --require 98
+	@echo "rehearsal of bench/gpu_check.sh"
+	@rm -rf build/rehearsal
+	@PYTHON=$(CURDIR)/$(GPU_BIN)/python SOFTGPU_SMS=8 bench/gpu_check.sh build/rehearsal \
+	  --rehearse --prebuilt build/gpu-test/package
+endif
 
 # The op library for the torch of .venv-gpu, with the kernels that make kernels compiled or will.
 .PHONY: gpu-library
@@ -108,11 +123,10 @@ $(VENV)/documents: $(VENV)/installed
 $(GPU_VENV)/installed: constraints-gpu.txt | python
 	@test -x $(GPU_BIN)/python || { echo "making $(GPU_VENV)"; $(PYTHON) -m venv $(GPU_VENV); }
 	@echo "installing PyTorch with CUDA (a wheel of 0.5 GB the first time)"
-	@$(GPU_PIP) setuptools filelock typing-extensions sympy networkx jinja2 fsspec cmake ninja pybind11 \
-	  numpy transformers typer rich matplotlib safetensors pytest pytest-xdist hypothesis psutil nvtx
-	@$(GPU_PIP) --no-deps torch 2> $(GPU_VENV)/log.txt || { \
+	@{ $(GPU_PIP) --no-deps torch accelerate nvidia-cutlass && $(GPU_PIP) setuptools filelock \
+	  typing-extensions sympy networkx jinja2 fsspec cmake ninja pybind11 numpy transformers typer \
+	  rich matplotlib safetensors pytest pytest-xdist hypothesis psutil nvtx; } 2> $(GPU_VENV)/log.txt || { \
 	  echo "unipool: make gpu-test cannot install its torch: $$(grep -m1 ^ERROR $(GPU_VENV)/log.txt)"; exit 1; }
-	@$(GPU_PIP) --no-deps accelerate nvidia-cutlass
 	@touch $@
 
 build/nvcc/installed: constraints-gpu.txt | python
