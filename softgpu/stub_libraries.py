@@ -11,6 +11,7 @@ from pathlib import Path
 OURS = re.compile(r"libcudart\.|libcuda\.|libtorch|libc10|libshm|libcaffe2|libgomp")
 SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+|util)\.so|ld-linux")
 
+CUPTI_ERROR_NOT_INITIALIZED = 15
 
 # What the other functions do.
 CALLED = """#include <stdio.h>
@@ -25,9 +26,19 @@ def read(tool: str, option: str, library: Path) -> str:
     return subprocess.run([tool, option, library], capture_output=True, text=True).stdout
 
 
-def answers(torch: Path) -> dict[str, int]:
-    """Functions that torch asks in passing, with what they return: cuDNN's version, by which torch
-    decides in which order it tries its kinds of attention."""
+def function(name: str, known: dict[str, int]) -> str:
+    """In C: stops the program, unless torch calls it without needing its work."""
+    if name == "cuptiGetResultString":
+        return f'int {name}(int error, const char** text) {{ *text = "no CUPTI"; return 0; }}'
+    if name.startswith("cupti"):  # no profile of kernels; torch's own events remain
+        return f"int {name}(void) {{ return {CUPTI_ERROR_NOT_INITIALIZED}; }}"
+    if name in known:
+        return f"long {name}(void) {{ return {known[name]}; }}"
+    return f'int {name}(void) {{ return stub("{name}"); }}'
+
+
+def versions(torch: Path) -> dict[str, int]:
+    """cuDNN's version, by which torch decides in which order it tries its kinds of attention."""
     metadata = next(torch.parent.glob("torch-*.dist-info")) / "METADATA"
     cudnn = re.search(r"nvidia-cudnn-cu\d+==(\d+)\.(\d+)\.(\d+)", metadata.read_text())
     if not cudnn:
@@ -44,7 +55,7 @@ def build(torch: Path, folder: Path) -> list[Path]:
         return sorted(folder.glob("*.so*"))
     for old in folder.glob("*"):
         old.unlink()
-    known = answers(torch)
+    known = versions(torch)
     needed: set[str] = set()
     version: dict[str, str] = {}  # of a library's symbols
     versioned: dict[str, set[str]] = defaultdict(set)  # version -> symbols
@@ -71,12 +82,7 @@ def build(torch: Path, folder: Path) -> list[Path]:
         if name == wanted[0]:
             symbols = symbols | loose
         source = folder / "stub.c"
-        body = [
-            f"long {s}(void) {{ return {known[s]}; }}"
-            if s in known
-            else f'int {s}(void) {{ return stub("{s}"); }}'
-            for s in sorted(symbols)
-        ]
+        body = [function(symbol, known) for symbol in sorted(symbols)]
         source.write_text("\n".join([CALLED.format(library=name), *body]) + "\n")
         script = folder / "stub.map"
         script.write_text(f"{version.get(name)} {{ global: *; }};\n")

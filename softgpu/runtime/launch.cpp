@@ -81,7 +81,7 @@ cudaError_t execute(const Kernel& k, ptx::Kernel& code, const std::vector<char>&
   const char* name = k.demangled.c_str();
   try {
     const Watch watch;
-    ptx::Options options = ptx::Options::of_environment();
+    ptx::Options options = ptx::Options::current();
     options.sms = unsigned(settings().multiprocessors);
     ptx::launch(code, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, smem, arguments,
                 options);
