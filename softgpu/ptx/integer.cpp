@@ -69,11 +69,11 @@ Handler dot_of(std::string_view a, std::string_view b) {
 constexpr u32 kReads = 1, kSets = 2;  // modes
 
 template <class T, bool kSubtract>
-void carry_sum(Warp& w, Warp& from, const Instruction& i, const T* a, const T* b) {
-  Mask out = from.carry;
+void carry_sum(Warp& w, const Instruction& i, const T* a, const T* b) {
+  Mask out = w.carry;
   T* d = w.at<T>(i.o[0]);
   each(w.mask, [&](int l) {
-    const u128 in = i.mode & kReads ? from.carry >> l & 1 : 0;
+    const u128 in = i.mode & kReads ? w.carry >> l & 1 : 0;
     const u128 sum = kSubtract ? u128(a[l]) - b[l] - in : u128(a[l]) + b[l] + in;
     d[l] = T(sum);
     out = (out & ~(Mask(1) << l)) | Mask(sum >> (8 * sizeof(T)) & 1) << l;
@@ -82,7 +82,7 @@ void carry_sum(Warp& w, Warp& from, const Instruction& i, const T* a, const T* b
 }
 template <class T, bool kSubtract>
 void carry_binary(Warp& w, const Instruction& i) {
-  carry_sum<T, kSubtract>(w, w, i, w.at<T>(i.o[1]), w.at<T>(i.o[2]));
+  carry_sum<T, kSubtract>(w, i, w.at<T>(i.o[1]), w.at<T>(i.o[2]));
 }
 template <class T, bool kHigh>
 void carry_mad(Warp& w, const Instruction& i) {
@@ -94,7 +94,7 @@ void carry_mad(Warp& w, const Instruction& i) {
   });
   // The sum is one of bits, whatever the sign.
   using Bits = std::make_unsigned_t<T>;
-  carry_sum<Bits, false>(w, w, i, reinterpret_cast<const Bits*>(product), w.at<Bits>(i.o[3]));
+  carry_sum<Bits, false>(w, i, reinterpret_cast<const Bits*>(product), w.at<Bits>(i.o[3]));
 }
 
 }  // namespace
