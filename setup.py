@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MIN_SETUPTOOLS = 77  # reads the licence from pyproject.toml as it is written there now
-JOB_MEMORY_GIB = 4  # a translation unit with CUTLASS in it; ordinary ones take 1
+JOB_MEMORY_GIB = 5  # a translation unit with CUTLASS in it; ordinary ones take 1
 
 
 def missing_requirement() -> str | None:
