@@ -45,6 +45,9 @@ cudaError_t launch_rows(const Args& args, int tile, int64_t columns, bool vector
     return for_tile<T>(tile, vector, [&](auto index, auto fast) {
       using Chosen = GemmTileOf<T, index, Major::kK, kMajorB>;
       using Kernel = Instance<Chosen, fast>;
+      static_assert(Kernel::Shared::bytes(kExpertLimit) <=
+                        size_t(kGemmTiles[index].shared_bytes()) + kGemmScheduleBytes,
+                    "gemm_tile_fits() takes this for the most");
       return launch_persistent<Kernel::kKernel>(
           Chosen::kThreads, Kernel::Shared::bytes(args.experts),
           RowSchedule<Chosen>::max_tiles(args.rows, args.experts, columns), stream, args);
@@ -71,7 +74,7 @@ __device__ __forceinline__ void stage_tile(const Staged& staged, Acc& acc, const
 struct ToTokensArgs {
   const void* in;          // [N, depth]
   const void* matrix;      // [M, D, depth], or [M, depth, D] where it is read across
-  const float* weights;    // [T, k], null for ones
+  const float* weights;    // [T, k]; null where the matrix is read across: ones
   const int32_t* order;    // [N]
   const int32_t* inverse;  // [T, k]
   const int32_t* offsets;  // [M + 1]
@@ -106,9 +109,8 @@ __global__ __launch_bounds__(Tile::kThreads, kVector ? Tile::kBlocks : 0) void t
   RowTile tile;
   while (schedule.next(tile)) {
     find_slots<Tile>(slots, tile, args.order, args.rows, args.experts);
-    if (const int r = threadIdx.x; r < Tile::kM) {  // its own slot
-      const bool weighted = args.weights != nullptr;
-      factors[r] = weighted ? (slots[r] < 0 ? 0.f : __ldg(args.weights + slots[r])) : 1.f;
+    if (const int r = threadIdx.x; kAlong && r < Tile::kM) {  // its own slot
+      factors[r] = slots[r] < 0 ? 0.f : __ldg(args.weights + slots[r]);
     }
     const int columns = width - tile.column;
     const T* rows = static_cast<const T*>(args.in) + int64_t(tile.row) * depth;
@@ -124,7 +126,7 @@ __global__ __launch_bounds__(Tile::kThreads, kVector ? Tile::kBlocks : 0) void t
     multiply<Tile>(smem, load_a, load_b, tail ? 0 : ceil_div(depth, Tile::kK), acc);
 
     const typename Shared::Staged staged{smem};
-    stage_tile<Tile>(staged, acc, [&](int row, float v) { return factors[row] * v; });
+    stage_tile<Tile>(staged, acc, [&](int row, float v) { return kAlong ? factors[row] * v : v; });
     staged.for_each_chunk(tile.rows, columns, [&](int row, int column, const T* from) {
       const int to = args.top_k == 1 ? slots[row] : tile.row + row;
       if (to < 0) return;
