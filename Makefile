@@ -54,7 +54,7 @@ ifeq ($(TESTS),tests)
 	@echo "the kernels of sm_80"
 	@$(GPU_TEST) SOFTGPU_GPU=a100 $(GPU_PYTEST) -k "cuda and bf16" tests/test_kernel_cases.py
 	@$(GPU_BIN)/python -m softgpu.coverage build/coverage \
-	  --libraries build/gpu-test/package/lib --require 98
+	  --libraries build/gpu-test/package/lib --named 7unipool --require 98
 	@echo "rehearsal of bench/gpu_check.sh"
 	@rm -rf build/rehearsal
 	@PYTHON=$(CURDIR)/$(GPU_BIN)/python SOFTGPU_SMS=8 bench/gpu_check.sh build/rehearsal \
@@ -75,6 +75,7 @@ gpu-library:
 	@cmake --build build/gpu-test --parallel $(JOBS) > build/gpu-test/log.txt 2>&1 \
 	  || { cat build/gpu-test/log.txt; exit 1; }
 	@cmake --install build/gpu-test --prefix build/gpu-test/package > build/gpu-test/install.txt
+	@test -e $(VENV)/built || cp build/gpu-test/package/_C*.so unipool/  # knows no torch
 
 bench: $(VENV)/built
 	@$(BIN)/python bench/bench_ops.py $(ARGS)

@@ -2,7 +2,7 @@
 """Which PTX instructions of the kernels were executed.
 
     SOFTGPU_COVERAGE=FILE python -m pytest ...
-    python -m softgpu.coverage FILE... --libraries DIR [--require 98] [--explain]
+    python -m softgpu.coverage FILE... --libraries DIR [--named 7unipool] [--require 98] [--explain]
 
 A process with SOFTGPU_COVERAGE=FILE appends to FILE, when it ends, one line of JSON for each kernel
 that it launched (processes that end together do not disturb each other):
@@ -20,6 +20,8 @@ The program adds up the files, for every architecture in the libraries: per fami
 template is one) how many ran and the share of their instructions that did, then the source lines of
 those that never did. A kernel whose instructions are the same, letter by letter, for several
 architectures is one code: what one of them executed counts for all.
+
+Other programs' kernels in the files, of tests of the software GPU say, are left out by --named.
 
 What cannot be executed is listed with the reason in unexecuted.toml. An entry names gaps, which are
 instructions in a row that never ran, by their first one: patterns (of fnmatch) for `kernel` as it
@@ -42,7 +44,6 @@ from softgpu.profile import demangled
 from softgpu.ptx import ask, of_library
 
 SOFTGPU = Path(__file__).resolve().parents[2]
-PROJECT = "7unipool"  # the namespace of the kernels, mangled
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="softgpu.coverage", description="What kernels executed.")
     parser.add_argument("file", nargs="+", type=Path)
     parser.add_argument("--libraries", type=Path, required=True, help="folder with the op library")
+    parser.add_argument("--named", default="", help="part of their kernels' mangled names")
     parser.add_argument("--require", type=float, metavar="PERCENT", help="of every architecture")
     parser.add_argument("--explain", action="store_true", help="every instruction of every gap")
     parser.add_argument("--sources", type=Path, default=SOFTGPU.parent / "csrc")
@@ -302,8 +304,7 @@ def main() -> None:
     kernels = of_libraries(options.libraries)
     if not kernels:
         sys.exit(f"coverage: no PTX in {options.libraries}/*.so")
-    # What tests of the software GPU itself launched has names of its own.
-    if foreign := apply(load(options.file, PROJECT), kernels):
+    if foreign := apply(load(options.file, options.named), kernels):
         sys.exit(f"coverage: {foreign[0][1]} is not in these libraries: measured with others?")
     all_gaps = [gap for kernel in kernels.values() for gap in gaps(kernel, options.sources)]
     exemptions = read_exemptions(options.unexecuted)
