@@ -30,7 +30,8 @@ def install() -> None:
     """Hands torch's cuda operations to the CPU."""
     import torch
 
-    if os.environ.get("SOFTGPU") == "runtime-only":
+    # Whoever has this folder in the path may be a program of another environment.
+    if torch.version.cuda is None or os.environ.get("SOFTGPU") == "runtime-only":
         return
     torch.ops.load_library(LIB / "libsoftgpu_torch.so")
     # The one form of attention that is made of operations which the CPU has.
