@@ -92,3 +92,15 @@ def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", PAGES[page])
     missing = [link for link in links if not (folder / link).exists()]
     assert not missing
+
+
+FOLDERS = ("bench", "csrc", "docs", "profiling", "softgpu", "tests", "unipool")
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", *PAGES])
+def test_files_that_are_named_exist(page):
+    """Names in code marks that begin with a folder of the project, but for patterns and results."""
+    text = PAGES.get(page) or (ROOT / page).read_text()
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text)
+    missing = [name for name in named if "results" not in name and not (ROOT / name).exists()]
+    assert not missing
