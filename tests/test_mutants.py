@@ -266,7 +266,7 @@ def expert_mlp(x, routing, gate_up, down, *, fault):
 
 
 def _slots(plan: DispatchPlan) -> DispatchPlan:
-    """The same rows, with each slot a token of its own."""
+    """The same rows, with each slot per token of its own."""
     return plan._replace(inverse=plan.inverse.reshape(-1, 1))
 
 

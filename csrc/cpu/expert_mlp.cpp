@@ -52,8 +52,9 @@ struct Layer {
   bool even() const { return shape.d_model % 2 == 0 && shape.d_ff % 2 == 0; }
 };
 
-// Rows [T, D] of a layer's output, from tasks that hold sorted rows. With one expert a token a row
-// is stored in its token's place; with more, sorted rows are kept in acc and summed in slot order.
+// Rows [T, D] of a layer's output, from tasks that hold sorted rows. With one expert per token a
+// row is stored in its token's place; with more, sorted rows are kept in acc and summed in slot
+// order.
 template <class T>
 class TokenRows {
  public:

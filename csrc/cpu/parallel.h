@@ -11,10 +11,9 @@
 namespace unipool::cpu {
 
 // Runs task(i) for i in [0, tasks), each thread taking the next one when it is free: tasks may
-// differ in length. make_worker() is called once a thread and returns the callable, so that scratch
-// memory can live in it. A task writes only its own outputs, so results do not depend on who runs
-// it.
-// flops: of all tasks; a thread more is worth waking for kFlopsPerThread of them.
+// differ in length. make_worker() is called once per thread and returns the callable, so that
+// scratch memory can live in it. A task writes only its own outputs, so results do not depend on
+// who runs it. flops: of all tasks; a thread more is worth waking for kFlopsPerThread of them.
 template <class MakeWorker>
 void parallel_tasks(int64_t tasks, double flops, MakeWorker make_worker) {
   constexpr double kFlopsPerThread = 1e6;

@@ -3,15 +3,22 @@
 // moved between token order and sorted order. Outputs are written, never added to; nothing waits
 // for the host, and no result depends on the order in which blocks run.
 //
-//   dispatch_plan   count: ids of each block's span, [blocks, M] -> scan over the blocks, per
-//   expert
-//                   -> scatter: every slot to its row, in slot order
-//   permute         sorted row <- its token's row
-//   unpermute       token <- weighted sum of its sorted rows
-//   unpermute_bwd   both gradients of unpermute, a token at a time
+//   dispatch_plan   count: ids of each block's span, [blocks, M]; scan: over the blocks, expert by
+//                   expert; scatter: each warp counts its part of the span, then gives every slot
+//                   its row, in slot order. Lanes with one expert are ranked by __match_any_sync.
+//   permute         sorted row <- its token's row; a warp per row
+//   unpermute       token <- weighted sum of its sorted rows in slot order; a warp per token
+//   unpermute_bwd   both gradients of unpermute, a warp per token; also zeroes rows without a slot
+//
+// Barriers: count 2, scan 1, scatter 4, none among slots; the row movers have none. Shared memory:
+// count 4 M bytes, scan 4 KiB, scatter 36 M bytes (first rows, and each of 8 warps' next rows).
+// Occupancy: blocks of 256 threads; whole multiprocessors for plan and permute (32 to 40
+// registers), 3 or 4 blocks for unpermute and its backward, whose loads in flight take 54 to 80.
+// Traffic: a plan reads its 4-byte ids twice and writes 8 bytes per slot; permute reads T and
+// writes N rows; unpermute reads N and writes T; unpermute_bwd reads T + N and writes N.
 #include <algorithm>
 
-#include "cuda/device/portable.cuh"
+#include "cuda/device/kernel.cuh"
 #include "cuda/device/vec.cuh"
 #include "cuda/device/warp.cuh"
 #include "unipool/dispatch.h"
@@ -66,7 +73,7 @@ struct Peers {
   }
 };
 
-// Block b counts the experts of slots [b * span, (b + 1) * span). Reads 4 bytes a slot.
+// Block b counts the experts of slots [b * span, (b + 1) * span). Reads 4 bytes per slot.
 // counts [blocks, M]. Shared memory: [M] i32.
 __global__ __launch_bounds__(kThreads) void count_kernel(const __grid_constant__ Segments segments,
                                                          int64_t slots, int64_t span, int experts,
@@ -144,8 +151,51 @@ struct PlanOut {
   int32_t* offsets;  // [M + 1]
 };
 
+// Calls f(slot, expert, peers) for the slots of [begin, end), a warp's width at a time and in
+// order; expert is -1 for slots without one or past the end.
+template <class F>
+__device__ __forceinline__ void for_each_slot(const Segments& segments, int64_t begin, int64_t end,
+                                              int experts, const F& f) {
+  const int lane = threadIdx.x % kWarp;
+  Cursor cursor(segments);
+  for (int64_t first = begin; first < end; first += kWarp) {
+    const int expert = cursor.expert(first + lane, end, experts);
+    f(first + lane, expert, Peers(expert, lane));
+    __syncwarp();  // another lane may lead the same expert next time
+  }
+}
+
+// next[w][e]: warp w's slots of expert e; becomes the row of the first of them, where the block's
+// are those from first[e] + before[e] on.
+__device__ __forceinline__ void counts_to_rows(int32_t* next, const int32_t* first,
+                                               const int32_t* before, int experts) {
+  for (int e = threadIdx.x; e < experts; e += kThreads) {
+    int run = first[e] + before[e];
+    for (int w = 0; w < kWarps; ++w) {
+      const int here = next[w * experts + e];
+      next[w * experts + e] = run;
+      run += here;
+    }
+  }
+}
+
+// The slots of [begin, end) to their rows; mine[e] is the row of the warp's next slot of expert e.
+__device__ __forceinline__ void place_slots(const Segments& segments, int64_t begin, int64_t end,
+                                            int experts, int32_t* mine, const PlanOut& out) {
+  for_each_slot(segments, begin, end, experts, [&](int64_t slot, int expert, const Peers& peers) {
+    int row = 0;
+    if (expert >= 0 && peers.rank == 0) {
+      row = mine[expert];
+      mine[expert] = row + peers.count;
+    }
+    row = __shfl_sync(kFullMask, row, peers.first) + peers.rank;
+    if (slot < end) out.inverse[slot] = expert >= 0 ? row : -1;
+    if (expert >= 0) out.order[row] = int32_t(slot);
+  });
+}
+
 // Slot order within an expert: blocks in order (counts), then warps, then a warp's slots 32 at a
-// time, then lanes. Reads 8 bytes a slot (4 of them from cache), writes 8.
+// time, then lanes. Reads 8 bytes per slot (4 of them from cache), writes 8.
 // Shared memory: first [M + 1] i32, then next [kWarps, M] i32.
 __global__ __launch_bounds__(kThreads) void scatter_kernel(
     const __grid_constant__ Segments segments, int64_t slots, int64_t span, int experts,
@@ -153,47 +203,21 @@ __global__ __launch_bounds__(kThreads) void scatter_kernel(
   __shared__ int32_t warp_sums[kWarps];
   int32_t* first = dynamic_shared<int32_t>();
   int32_t* next = first + experts + 1;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int32_t* mine = next + warp * experts;  // of each expert: count, then the row of its next slot
+  const int warp = threadIdx.x / kWarp;
+  int32_t* mine = next + warp * experts;
   for (int i = threadIdx.x; i < kWarps * experts; i += kThreads) next[i] = 0;
   scan_experts(totals, experts, first, warp_sums);
   __syncthreads();
 
-  const int64_t end = min((blockIdx.x + 1) * span, slots);
-  const int64_t warp_begin = blockIdx.x * span + warp * (span / kWarps);
-  const int64_t warp_end = min(warp_begin + span / kWarps, end);
-  Cursor counting(segments);
-  for (int64_t slot = warp_begin; slot < warp_end; slot += kWarp) {
-    const int expert = counting.expert(slot + lane, warp_end, experts);
-    const Peers peers(expert, lane);
+  const int64_t begin = blockIdx.x * span + warp * (span / kWarps);
+  const int64_t end = min(begin + span / kWarps, min((blockIdx.x + 1) * span, slots));
+  for_each_slot(segments, begin, end, experts, [&](int64_t, int expert, const Peers& peers) {
     if (expert >= 0 && peers.rank == 0) mine[expert] += peers.count;
-    __syncwarp();  // another lane may lead the same expert next time
-  }
+  });
   __syncthreads();
-  for (int e = threadIdx.x; e < experts; e += kThreads) {
-    int run = first[e] + counts[int64_t(blockIdx.x) * experts + e];
-    for (int w = 0; w < kWarps; ++w) {
-      const int here = next[w * experts + e];
-      next[w * experts + e] = run;
-      run += here;
-    }
-  }
+  counts_to_rows(next, first, counts + int64_t(blockIdx.x) * experts, experts);
   __syncthreads();
-
-  Cursor placing(segments);
-  for (int64_t slot = warp_begin; slot < warp_end; slot += kWarp) {
-    const int expert = placing.expert(slot + lane, warp_end, experts);
-    const Peers peers(expert, lane);
-    int row = 0;
-    if (expert >= 0 && peers.rank == 0) {
-      row = mine[expert];
-      mine[expert] = row + peers.count;
-    }
-    row = __shfl_sync(kFullMask, row, peers.first) + peers.rank;
-    __syncwarp();
-    if (slot + lane < warp_end) out.inverse[slot + lane] = expert >= 0 ? row : -1;
-    if (expert >= 0) out.order[row] = int32_t(slot + lane);
-  }
+  place_slots(segments, begin, end, experts, mine, out);
 
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = int64_t(gridDim.x) * kThreads;
@@ -203,7 +227,7 @@ __global__ __launch_bounds__(kThreads) void scatter_kernel(
 
 // --- kernels: permute
 
-// y[r] = x[order[r] / top_k], zero if order[r] is not in [0, rows). One warp a row of `words`
+// y[r] = x[order[r] / top_k], zero if order[r] is not in [0, rows). One warp per row of `words`
 // words. Reads and writes N * D elements; a token's row is read from DRAM once if its copies are
 // near.
 template <class W>
@@ -233,7 +257,7 @@ __global__ __launch_bounds__(kThreads) void permute_kernel(const W* __restrict__
 
 // --- kernels: unpermute, forward and backward
 
-// out[t] = sum_j weights[t, j] * y[inverse[t, j]]. One warp a token. Reads N * D elements and
+// out[t] = sum_j weights[t, j] * y[inverse[t, j]]. One warp per token. Reads N * D elements and
 // writes T * D.
 template <class T, int kVec>
 __global__ __launch_bounds__(kThreads) void unpermute_kernel(const UnpermuteArgs args) {
@@ -271,8 +295,8 @@ __global__ __launch_bounds__(kThreads) void unpermute_kernel(const UnpermuteArgs
 }
 
 // For every slot: grad_y[row] = weight * grad[token] and grad_weights = <grad[token], y[row]>.
-// One warp a token. Reads (T + N) * D elements (a token's further reads of grad are from cache) and
-// writes N * D.
+// One warp per token. Reads (T + N) * D elements (a token's further reads of grad are from cache)
+// and writes N * D.
 template <class T, int kVec>
 __global__ __launch_bounds__(kThreads, 3) void unpermute_bwd_kernel(const UnpermuteBwdArgs args) {
   using V = Vec<T, kVec>;
@@ -327,7 +351,7 @@ cudaError_t launch_permute_words(const PermuteArgs& args, cudaStream_t stream) {
                 args.top_k);
 }
 
-// One warp a token; `vector` wants aligned rows.
+// One warp per token; `vector` wants aligned rows.
 template <class Args>
 cudaError_t launch_tokens(void (*vector)(Args), void (*scalar)(Args), bool aligned,
                           const Args& args, cudaStream_t stream) {

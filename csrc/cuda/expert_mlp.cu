@@ -2,6 +2,18 @@
 // The expert MLP, forward: two products over the rows of all experts.
 //   up     gathers tokens' rows, gate and up projection in one product, SwiGLU on the way out
 //   down   the second projection times the router's weight (expert_mlp.cuh)
+//
+// A persistent block walks over tiles that it finds from the plan's offsets (gemm/schedule.cuh).
+// For each it finds the rows' slots, runs the pipeline over K (gemm/mainloop.cuh), turns its sums
+// round in shared memory and stores them 16 bytes per thread.
+//
+// Barriers: one per k tile, three more per tile (sums staged, staged sums complete, shared memory
+// free again), two per block for the schedule. Shared memory: the pipeline, 64 to 80 KiB, in which
+// outputs are staged; 4 (M + 6) bytes of schedule; 4 bytes per row of slots, and of factors (down).
+// Occupancy: 2 or 3 blocks of 128 threads per multiprocessor.
+// Traffic: the matrices of experts with rows once, 6 D F bytes each in 16 bits; of tokens and
+// hidden 2 T D + 4 N F, and 4 N F more for the pre-activations that a backward needs; the output 2
+// T D, or 2 N D and the sum of k rows by unpermute.
 #include "cuda/device/gemm/swiglu.cuh"
 #include "cuda/expert_mlp.cuh"
 
@@ -63,7 +75,7 @@ __device__ __forceinline__ void store_hidden(const Staged& staged, const ExpertU
   }
 }
 
-// Reads gate_up of each expert with rows from DRAM once, and the tokens' rows once a column of
+// Reads gate_up of each expert with rows from DRAM once, and the tokens' rows once per column of
 // tiles (mostly from L2); writes every row of hidden and preact.
 template <class Tile, bool kVector>
 __global__ __launch_bounds__(Tile::kThreads) void expert_up_kernel(

@@ -85,7 +85,7 @@ struct ToTokensArgs {
   int tile;
 };
 
-// Reads each expert's matrix from DRAM once, if it has rows, and the rows once a column of tiles
+// Reads each expert's matrix from DRAM once, if it has rows, and the rows once per column of tiles
 // (mostly from L2); writes every row of `out`. Registers of the slow path are left to the compiler
 // (0), which would unroll into spills if it were told that one block may have them all.
 template <class Tile, bool kVector>

@@ -2,8 +2,19 @@
 // The expert MLP, backward: two products over the rows of all experts.
 //   hidden_bwd   gathers tokens' gradients, product with down_proj, and on the way out the gradient
 //                of SwiGLU, the activations times the router's weight (for the gradient of
-//                down_proj), and the gradient of the weight in parts, one a tile of columns
+//                down_proj), and the gradient of the weight in parts, one per tile of columns
+//   sum_parts    adds these parts in the order of the columns
 //   input_bwd    the gradient of the pre-activations times gate_up_proj (expert_mlp.cuh)
+//
+// Tiles, barriers and schedule are those of the forward pass (expert_mlp.cu); matrices are read
+// across their rows. hidden_bwd stages its sums as float32, since they are rounded once, after the
+// router's weight is applied. The gradient of the pre-activations may be written over them.
+//
+// Shared memory: the pipeline (64 to 80 KiB) or the staged float32 tile, 4 (M + 6) bytes of
+// schedule, 4 bytes per row of slots. Occupancy: 2 blocks of 128 threads per multiprocessor, 3 for
+// small tiles. Traffic: the matrices once, 6 D F bytes per expert with rows in 16 bits; the tokens'
+// gradients 2 T D, pre-activations and their gradient 12 N F, hidden 2 N F, parts 8 N per tile of
+// columns; the output as in the forward pass.
 #include "cuda/device/gemm/swiglu.cuh"
 #include "cuda/expert_mlp.cuh"
 
@@ -89,8 +100,8 @@ __device__ __forceinline__ void store_gradients(const Staged& staged,
   }
 }
 
-// Reads down of each expert with rows from DRAM once, the tokens' gradients once a column of tiles
-// (mostly from L2) and preact once; writes every row of grad_preact and hidden.
+// Reads down of each expert with rows from DRAM once, the tokens' gradients once per column of
+// tiles (mostly from L2) and preact once; writes every row of grad_preact and hidden.
 template <class Tile, bool kVector>
 __global__ __launch_bounds__(Tile::kThreads) void expert_hidden_bwd_kernel(
     const __grid_constant__ ExpertHiddenBwdArgs args) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows times the matrix of their expert.
+// Rows times the matrix of their expert: the kernel of grouped_mm.cuh with matrices
+// read along their rows. How it works and what it costs stands there.
 #include "cuda/grouped_mm.cuh"
 
 namespace unipool {

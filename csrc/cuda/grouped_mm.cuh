@@ -1,6 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows times the matrix of their expert, and the gradient of the rows: one kernel, compiled for the
 // two directions in units of their own (each takes gigabytes to compile).
+//
+// A persistent block finds its tiles from the offsets (gemm/schedule.cuh), runs the pipeline over K
+// for each (gemm/mainloop.cuh) and stores it through shared memory (gemm/epilogue.cuh): the
+// plainest product made of these parts.
+//
+// Barriers: one per k tile, three per stored tile, two per block for the schedule. Shared memory:
+// the pipeline, 64 to 80 KiB (24 for float32), in which the tile is staged, and 4 (M + 6) bytes of
+// schedule. Occupancy: 2 or 3 blocks of 128 threads per multiprocessor. Traffic: N (K + n) elements
+// of rows and n K of each expert's matrix, if it has rows, from DRAM once; a row tile again from L2
+// for each column of tiles.
 #pragma once
 #include "cuda/device/gemm/epilogue.cuh"
 #include "cuda/device/gemm/launch.cuh"
@@ -28,7 +38,7 @@ constexpr int kResident = kVector                         ? Tile::kBlocks
                           : sizeof(typename Tile::T) == 4 ? 2
                                                           : 0;
 
-// Reads each expert's matrix from DRAM once, if it has rows, and the rows once a column of tiles
+// Reads each expert's matrix from DRAM once, if it has rows, and the rows once per column of tiles
 // (mostly from L2); writes every row of `out`. Shared memory: the pipeline, then the schedule.
 template <class Tile, bool kVector>
 __global__ __launch_bounds__(Tile::kThreads, (kResident<Tile, kVector>)) void grouped_mm_kernel(

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of the rows of grouped_mm.
+// The gradient of the rows of grouped_mm: the kernel of grouped_mm.cuh with matrices
+// read across their rows. How it works and what it costs stands there.
 #include "cuda/grouped_mm.cuh"
 
 namespace unipool {

@@ -2,6 +2,18 @@
 // The weight gradient of a pool: out[e] = sum over the rows of e, in all segments (layers), of
 // grad^T input. Each expert is one product whose K runs over these rows, wherever they are: a table
 // of row addresses, built first, serves as the index of K.
+//
+//   merge_offsets   one block, one thread per expert: where the rows of each expert and segment go
+//   fill_rows       one thread per row: finds its expert by bisection, writes the row's two
+//   addresses wgrad           one block per tile of out[e]: the pipeline of gemm/mainloop.cuh along
+//   the table,
+//                   both operands transposed on their way out of shared memory (ldmatrix.trans)
+//
+// Barriers: one per k tile, three for the stored tile. Shared memory: the pipeline, 64 or 72 KiB,
+// in which the tile is staged (68 KiB for float32 of t128). Occupancy: 2 blocks of 128 threads per
+// multiprocessor. Traffic: 16 bytes per row for the table, written and read; each row of both
+// operands from DRAM once where an expert's rows stay in L2 while its tiles need them; out written
+// once, or read and written where it is added to. Sums are float32, rounded once.
 #include "cuda/device/gemm/epilogue.cuh"
 #include "cuda/device/gemm/launch.cuh"
 #include "cuda/device/gemm/loaders.cuh"
@@ -113,9 +125,9 @@ struct Product {
   bool add;
 };
 
-// One block a tile of out[e], expert by expert, so that an expert's rows are in L2 while its tiles
-// need them. Reads each row once a tile across and along (from DRAM once); writes out once, or
-// reads and writes it. Shared memory: the pipeline, then the stored tile.
+// One block per tile of out[e], expert by expert, so that an expert's rows are in L2 while its
+// tiles need them. Reads each row once per tile across and along (from DRAM once); writes out once,
+// or reads and writes it. Shared memory: the pipeline, then the stored tile.
 template <class Tile, class Out, bool kVector>
 __global__ __launch_bounds__(Tile::kThreads, 2) void wgrad_kernel(const Product p) {
   using T = typename Tile::T;

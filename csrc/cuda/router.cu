@@ -3,13 +3,29 @@
 // over the logits, and their backward in one more. No [T, M] tensor but the logits and their
 // gradient. Outputs are written, never added to.
 //
-// A row is held by a group of lanes (device/row.cuh); a warp walks over its tokens with the next
-// row already on its way. Sums over tokens are kept in registers, added up over the block, written
-// to the workspace as one row a block, and summed by column_sums_kernel: no float atomics, and an
-// order that depends on the shape only.
+//   {norm,softmax}_topk      A group of 8, 16 or 32 lanes holds a token's row in registers
+//                            (device/row.cuh); a warp walks over its tokens with the next row
+//                            already on its way. Scores by shuffles over the group, top-k by k
+//                            rounds of its greatest key. Importance is summed in registers, load by
+//                            integer atomics in shared memory; a block writes both to the workspace
+//                            as one row of partial sums.
+//   column_sums              adds these rows, in an order that depends on the shape only: no float
+//                            atomics.
+//   {norm,softmax}_topk_bwd  reads the logits again, so nothing is saved but the ids, and adds the
+//   k
+//                            gradients of the slots to the registers of the chosen experts. The
+//                            gradient of the scale: a partial sum per block, then
+//                            grad_scale.
+//
+// Barriers: two per block forward, at its start and end; one backward (norm). None between tokens.
+// Shared memory: 36 M bytes forward (load and 8 warps' importance), 8 numbers backward.
+// Occupancy: blocks of 256 threads, 3 per multiprocessor for up to 12 experts per lane (forward; 8
+// backward), 2 up to 16, else 1, which __launch_bounds__ holds the registers to.
+// Traffic: forward reads T M logits and writes 8 T k bytes; backward reads these and the ids, and
+// writes T M. Partial sums are 8 M bytes per block.
 #include <algorithm>
 
-#include "cuda/device/portable.cuh"
+#include "cuda/device/kernel.cuh"
 #include "cuda/device/row.cuh"
 #include "cuda/device/scores.cuh"
 #include "unipool/router.h"
@@ -23,21 +39,48 @@ constexpr int kMultiprocessors = 132;  // of an H100; a grid is one wave there
 constexpr int kMaxBlocks = 3 * kMultiprocessors;
 constexpr int kSumRows = 32;  // rows that column_sums_kernel takes at once
 
-// Tokens of a group: first, first + stride, ... `first` of a warp's groups are neighbours.
+// The rows of a group of lanes: of tokens first, first + stride, ... Groups of a warp begin with
+// neighbours, and all of them go on while one has a token. The next row is always on its way.
 template <class L>
-struct TokenWalk {
-  int64_t first;   // of the warp's first group
-  int64_t stride;  // of the grid
-  int group;
-  int lane;
+class RowWalk {
+  using T = typename L::T;
 
-  __device__ __forceinline__ TokenWalk() {
-    const int warp = threadIdx.x / kWarp;
-    first = (int64_t(blockIdx.x) * kWarps + warp) * L::kGroups;
-    stride = int64_t(gridDim.x) * kWarps * L::kGroups;
-    group = threadIdx.x % kWarp / L::kLanes;
-    lane = threadIdx.x % L::kLanes;
+ public:
+  const int lane = threadIdx.x % L::kLanes;
+
+  __device__ __forceinline__ RowWalk(const void* logits, int64_t tokens, int experts)
+      : logits_(static_cast<const T*>(logits)), tokens_(tokens), experts_(experts) {
+    const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    first_ = warp * L::kGroups;
+    next_.load(row_of(first_ + group()), experts_, lane);
   }
+
+  // The next token's row, zeros for a group without one; false if no group of the warp has one.
+  __device__ __forceinline__ bool next(float (&z)[L::kItems]) {
+    if (first_ >= tokens_) return false;
+    token_ = first_ + group();
+    first_ += int64_t(gridDim.x) * kWarps * L::kGroups;
+    next_.unpack(z);
+    next_.load(row_of(first_ + group()), experts_, lane);
+    return true;
+  }
+  __device__ __forceinline__ int64_t token() const { return token_; }
+  __device__ __forceinline__ bool active() const { return token_ < tokens_; }
+  // A logit of this token, read again.
+  __device__ __forceinline__ float logit(int expert) const {
+    return to_float(logits_[token_ * experts_ + expert]);
+  }
+
+ private:
+  __device__ __forceinline__ static int group() { return threadIdx.x % kWarp / L::kLanes; }
+  __device__ __forceinline__ const T* row_of(int64_t token) const {
+    return token < tokens_ ? logits_ + token * experts_ : nullptr;
+  }
+
+  const T* logits_;
+  int64_t tokens_, first_, token_ = 0;
+  int experts_;
+  RawRow<L> next_;
 };
 
 // --- kernels: forward
@@ -63,7 +106,7 @@ __device__ __forceinline__ void add_over_block(float (&sums)[L::kItems], float* 
     if (threadIdx.x % kWarp < L::kLanes && e < experts) scratch[warp * experts + e] = sums[i];
   }
   __syncthreads();
-#pragma unroll 1  // few rounds, once a block
+#pragma unroll 1  // few rounds, once per block
   for (int e = threadIdx.x; e < experts; e += kThreads) {
     float sum = 0.f;
     for (int w = 0; w < kWarps; ++w) sum += scratch[w * experts + e];
@@ -71,23 +114,71 @@ __device__ __forceinline__ void add_over_block(float (&sums)[L::kItems], float* 
   }
 }
 
-// Chooses k of a row's experts by key. Slot j gets the j-th id and its key.
+// What a token's slots hold: ids, -1 where no expert was left, and the keys they were chosen by.
 template <class L>
-__device__ __forceinline__ void choose(uint32_t (&key)[L::kItems], int lane, int top_k,
-                                       Slots<L, int>& ids, Slots<L, uint32_t>& keys) {
+struct Choice {
+  Slots<L, int> ids;
+  Slots<L, uint32_t> keys;
+};
+
+// Chooses k of a row's open experts by score plus bias (4).
+template <class L>
+__device__ __forceinline__ Choice<L> choose(const float (&s)[L::kItems], uint32_t open, int lane,
+                                            const float* bias, int top_k) {
+  uint32_t key[L::kItems];
+#pragma unroll
+  for (int i = 0; i < L::kItems; ++i) {
+    const bool biased = bias != nullptr && is_open(open, i);
+    const float b = biased ? __ldg(bias + L::id(lane, i)) : 0.f;
+    key[i] = is_open(open, i) ? order_key(s[i] + b) : 0;
+  }
+  Choice<L> choice;
   for (int j = 0; j < top_k; ++j) {
     uint32_t best;
     const int id = take_best<L>(key, lane, best);
-    ids.set(lane, j, id);
-    keys.set(lane, j, best);
+    choice.ids.set(lane, j, id);
+    choice.keys.set(lane, j, best);
+  }
+  return choice;
+}
+
+// The weights of the chosen, 0 in slots without an expert. A key tells the score, unless it is
+// biased: then it is computed again from the logit.
+template <class L, class Score>
+__device__ __forceinline__ Slots<L, float> weights_of(const RouterArgs& a, const Score& score,
+                                                      const typename Score::Row& row,
+                                                      const RowWalk<L>& walk,
+                                                      const Choice<L>& choice) {
+  Slots<L, float> w;
+#pragma unroll
+  for (int i = 0; i < w.kEach; ++i) {
+    const int id = choice.ids.v[i];
+    w.v[i] = 0.f;
+    if (w.slot(walk.lane, i) >= a.top_k || id < 0) continue;
+    w.v[i] = a.bias == nullptr ? score_of(choice.keys.v[i]) : score.score(walk.logit(id), row);
+  }
+  return score.template finish_weights<L>(w);
+}
+
+// Writes a token's slots and counts them in `load`, [M] in shared memory.
+template <class L>
+__device__ __forceinline__ void store_slots(const RouterArgs& a, const RowWalk<L>& walk,
+                                            const Slots<L, int>& ids, const Slots<L, float>& w,
+                                            int32_t* load) {
+#pragma unroll
+  for (int i = 0; i < w.kEach; ++i) {
+    const int j = w.slot(walk.lane, i);
+    if (j >= a.top_k || !walk.active()) continue;
+    const int64_t slot = walk.token() * a.top_k + j;
+    a.weights[slot] = w.v[i];
+    a.experts[slot] = ids.v[i];
+    if (ids.v[i] >= 0) atomicAdd(&load[ids.v[i]], 1);
   }
 }
 
-// Reads T * M * sizeof(T) bytes, writes 8 * T * k, and 8 * M a block.
 // Shared memory: load [M] i32, then scratch [kWarps, M] f32.
 template <class L, class Score>
 __device__ __forceinline__ void topk_rows(const RouterArgs& a, const Score& score, Partials out) {
-  using T = typename L::T;
   const int experts = a.num_experts;
   int32_t* load = dynamic_shared<int32_t>();
   float* scratch = reinterpret_cast<float*>(load + experts);
@@ -95,57 +186,16 @@ __device__ __forceinline__ void topk_rows(const RouterArgs& a, const Score& scor
   for (int e = threadIdx.x; e < experts; e += kThreads) load[e] = 0;
   __syncthreads();
 
-  const TokenWalk<L> walk;
-  const int lane = walk.lane;
-  const T* logits = static_cast<const T*>(a.logits);
-  const uint32_t open = open_items<L>(a.mask, experts, lane);
-  const auto row_of = [&](int64_t token) {
-    return token < a.tokens ? logits + token * experts : nullptr;
-  };
-  float importance[L::kItems] = {};
-  RawRow<L> next;
-  next.load(row_of(walk.first + walk.group), experts, lane);
-
-  for (int64_t first = walk.first; first < a.tokens; first += walk.stride) {
-    const int64_t token = first + walk.group;
-    const uint32_t open_here = token < a.tokens ? open : 0;
-    float s[L::kItems];
-    next.unpack(s);
-    next.load(row_of(token + walk.stride), experts, lane);
+  RowWalk<L> walk(a.logits, a.tokens, experts);
+  const uint32_t open = open_items<L>(a.mask, experts, walk.lane);
+  float s[L::kItems], importance[L::kItems] = {};
+  while (walk.next(s)) {
+    const uint32_t open_here = walk.active() ? open : 0;
     const auto row = score.template scores<L>(s, open_here);
-
-    uint32_t key[L::kItems];
 #pragma unroll
-    for (int i = 0; i < L::kItems; ++i) {
-      importance[i] += s[i];
-      const bool biased = a.bias != nullptr && is_open(open_here, i);
-      const float b = biased ? __ldg(a.bias + L::id(lane, i)) : 0.f;
-      key[i] = is_open(open_here, i) ? order_key(s[i] + b) : 0;
-    }
-    Slots<L, int> ids;
-    Slots<L, uint32_t> keys;
-    choose<L>(key, lane, a.top_k, ids, keys);
-
-    Slots<L, float> w;
-#pragma unroll
-    for (int i = 0; i < Slots<L, int>::kEach; ++i) {
-      const bool used = ids.slot(lane, i) < a.top_k && ids.v[i] >= 0;
-      w.v[i] = 0.f;
-      if (used) {  // a biased key does not tell the score
-        w.v[i] = a.bias == nullptr ? score_of(keys.v[i])
-                                   : score.score(to_float(logits[token * experts + ids.v[i]]), row);
-        atomicAdd(&load[ids.v[i]], 1);
-      }
-    }
-    w = score.template finish_weights<L>(w);
-#pragma unroll
-    for (int i = 0; i < Slots<L, int>::kEach; ++i) {
-      const int j = ids.slot(lane, i);
-      if (j < a.top_k && token < a.tokens) {
-        a.weights[token * a.top_k + j] = w.v[i];
-        a.experts[token * a.top_k + j] = ids.v[i];
-      }
-    }
+    for (int i = 0; i < L::kItems; ++i) importance[i] += s[i];
+    const auto choice = choose<L>(s, open_here, walk.lane, a.bias, a.top_k);
+    store_slots<L>(a, walk, choice.ids, weights_of<L>(a, score, row, walk, choice), load);
   }
 
   const int64_t base = int64_t(blockIdx.x) * experts;
@@ -200,63 +250,55 @@ __global__ __launch_bounds__(kWarp* kSumRows) void column_sums_kernel(Partials p
 
 // --- kernels: backward
 
-// Reads T * (M * sizeof(T) + 8 * k) bytes, writes T * M * sizeof(T). Returns the sum over the
-// warp's tokens of what Score::backward returns; it is the same in all lanes of a group.
+// Adds the gradients of a token's weights to g, those of the scores. Ids outside [0, M) have none.
+template <class L, class Score>
+__device__ __forceinline__ void add_slot_grads(const RouterBwdArgs& a, const Score& score,
+                                               const typename Score::Row& row,
+                                               const RowWalk<L>& walk, float (&g)[L::kItems]) {
+  Slots<L, int> ids;
+  Slots<L, float> grads, chosen;
+#pragma unroll
+  for (int i = 0; i < ids.kEach; ++i) {
+    const int j = ids.slot(walk.lane, i);
+    const int64_t slot = walk.token() * a.top_k + j;
+    ids.v[i] = walk.active() && j < a.top_k ? __ldg(a.experts + slot) : -1;
+    const bool used = unsigned(ids.v[i]) < unsigned(a.num_experts);
+    grads.v[i] = used ? __ldg(a.grad_weights + slot) : 0.f;
+    chosen.v[i] = used ? score.score(walk.logit(ids.v[i]), row) : 0.f;
+  }
+  grads = score.template start_grads<L>(grads, chosen);
+  for (int j = 0; j < a.top_k; ++j) {
+    const int id = ids.get(j);
+    const float grad = grads.get(j);
+#pragma unroll
+    for (int i = 0; i < L::kItems; ++i) g[i] += id == L::id(walk.lane, i) ? grad : 0.f;
+  }
+}
+
+// Returns the sum over the warp's tokens of what Score::backward returns; it is the same in all
+// lanes of a group.
 template <class L, class Score>
 __device__ __forceinline__ float topk_rows_bwd(const RouterBwdArgs& a, const Score& score) {
-  using T = typename L::T;
   const int experts = a.num_experts;
-  const TokenWalk<L> walk;
-  const int lane = walk.lane;
-  const T* logits = static_cast<const T*>(a.logits);
-  T* grad_logits = static_cast<T*>(a.grad_logits);
-  const uint32_t open = open_items<L>(a.mask, experts, lane);
-  const auto row_of = [&](int64_t token) {
-    return token < a.tokens ? logits + token * experts : nullptr;
-  };
+  auto* grad_logits = static_cast<typename L::T*>(a.grad_logits);
+  RowWalk<L> walk(a.logits, a.tokens, experts);
+  const uint32_t open = open_items<L>(a.mask, experts, walk.lane);
   float grad_importance[L::kItems];
 #pragma unroll
   for (int i = 0; i < L::kItems; ++i) {
     const bool given = a.grad_importance != nullptr && is_open(open, i);
-    grad_importance[i] = given ? __ldg(a.grad_importance + L::id(lane, i)) : 0.f;
+    grad_importance[i] = given ? __ldg(a.grad_importance + L::id(walk.lane, i)) : 0.f;
   }
-  float total = 0.f;
-  RawRow<L> next;
-  next.load(row_of(walk.first + walk.group), experts, lane);
-
-  for (int64_t first = walk.first; first < a.tokens; first += walk.stride) {
-    const int64_t token = first + walk.group;
-    const bool active = token < a.tokens;
-    const uint32_t open_here = active ? open : 0;
-    float z[L::kItems], g[L::kItems];
-    next.unpack(z);
-    next.load(row_of(token + walk.stride), experts, lane);
+  float total = 0.f, z[L::kItems];
+  while (walk.next(z)) {
+    const uint32_t open_here = walk.active() ? open : 0;
     const auto row = score.template measure<L>(z, open_here);
+    float g[L::kItems];
 #pragma unroll
-    for (int i = 0; i < L::kItems; ++i) g[i] = active ? grad_importance[i] : 0.f;
-
-    if (a.grad_weights != nullptr) {
-      Slots<L, int> ids;
-      Slots<L, float> grads, chosen;
-#pragma unroll
-      for (int i = 0; i < Slots<L, int>::kEach; ++i) {
-        const int j = ids.slot(lane, i);
-        const int64_t slot = token * a.top_k + j;
-        ids.v[i] = active && j < a.top_k ? __ldg(a.experts + slot) : -1;
-        const bool used = unsigned(ids.v[i]) < unsigned(experts);
-        grads.v[i] = used ? __ldg(a.grad_weights + slot) : 0.f;
-        chosen.v[i] = used ? score.score(to_float(logits[token * experts + ids.v[i]]), row) : 0.f;
-      }
-      grads = score.template start_grads<L>(grads, chosen);
-      for (int j = 0; j < a.top_k; ++j) {
-        const int id = ids.get(j);
-        const float grad = grads.get(j);
-#pragma unroll
-        for (int i = 0; i < L::kItems; ++i) g[i] += id == L::id(lane, i) ? grad : 0.f;
-      }
-    }
+    for (int i = 0; i < L::kItems; ++i) g[i] = walk.active() ? grad_importance[i] : 0.f;
+    if (a.grad_weights != nullptr) add_slot_grads<L>(a, score, row, walk, g);
     total += score.template backward<L>(z, g, open_here, row);
-    if (active) store_row<L>(z, grad_logits + token * experts, experts, lane);
+    if (walk.active()) store_row<L>(z, grad_logits + walk.token() * experts, experts, walk.lane);
   }
   return total;
 }
@@ -293,7 +335,7 @@ __global__ __launch_bounds__(kWarp* kSumRows) void grad_scale_kernel(const float
 
 // --- launchers
 
-// Calls f(RowLayout) with the layout for M experts of type T. Few lanes a row where M is small:
+// Calls f(RowLayout) with the layout for M experts of type T. Few lanes per row where M is small:
 // the rounds of the top-k then serve several tokens at once.
 template <class T, class F>
 cudaError_t with_layout(int experts, bool aligned, F f) {

@@ -27,7 +27,7 @@ PlanShape check_dispatch_plan(at::TensorList experts, int64_t num_experts) {
     check.same_device(name.c_str(), experts[layer], "experts[0]", experts[0]);
     shape.tokens += experts[layer].size(0);
   }
-  check.at_least_one("experts", "slot a token (k)", shape.top_k);
+  check.at_least_one("experts", "slot per token (k)", shape.top_k);
   check.rows("T * k", shape.slots());
   return shape;
 }
@@ -55,7 +55,7 @@ PermuteShape check_rows_and_inverse(const Checker& check, const at::Tensor& y,
   check.shape("y", y, "[N, D]", {kAny, kAny});
   check.floating("y", y);
   check_index(check, "inverse", inverse, "[T, k]", {kAny, kAny}, "y", y);
-  check.at_least_one("inverse", "slot a token (k)", inverse.size(1));
+  check.at_least_one("inverse", "slot per token (k)", inverse.size(1));
   check.shape("y", y, "[T * k, D]", {inverse.numel(), kAny});
   check.rows("T * k", inverse.numel());
   if (weights) {

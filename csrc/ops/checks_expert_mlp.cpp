@@ -17,11 +17,11 @@ ExpertShape check_pool_and_plan(const Checker& check, const char* x_name, const 
   check.floating(x_name, x);
   check.shape("gate_up", gate_up, "[M, 2F, D]", {kAny, kAny, x.size(1)});
   TORCH_CHECK_VALUE(gate_up.size(1) % 2 == 0, check.op(),
-                    ": gate_up must have an even number of rows an expert (gate rows, then up "
+                    ": gate_up must have an even number of rows per expert (gate rows, then up "
                     "rows), got ",
                     gate_up.size(1));
   check.experts("gate_up", gate_up.size(0), x);
-  check.at_least_one("gate_up", "row an expert (2F)", gate_up.size(1));
+  check.at_least_one("gate_up", "row per expert (2F)", gate_up.size(1));
   check.at_least_one(x_name, "column (D)", x.size(1));
   const ExpertShape shape{x.size(0), inverse.dim() == 2 ? inverse.size(1) : 0, gate_up.size(0),
                           x.size(1), gate_up.size(1) / 2};
@@ -31,7 +31,7 @@ ExpertShape check_pool_and_plan(const Checker& check, const char* x_name, const 
   check.same_device("gate_up", gate_up, x_name, x);
   check.same_device("down", down, x_name, x);
   check_index(check, "inverse", inverse, "[T, k]", {shape.tokens, kAny}, x_name, x);
-  check.at_least_one("inverse", "slot a token (k)", shape.top_k);
+  check.at_least_one("inverse", "slot per token (k)", shape.top_k);
   check.rows("T * k", shape.rows());
   check_index(check, "order", order, "[T * k]", {shape.rows()}, x_name, x);
   check_index(check, "offsets", offsets, "[M + 1]", {shape.experts + 1}, x_name, x);

@@ -15,7 +15,7 @@ void check_group_weights(const Checker& check, const char* name, const at::Tenso
   check.floating(name, rows);
   check.rows("N", rows.size(0));
   check.shape("b", b, "[M, n, K]", {kAny, kAny, kAny});
-  check.at_least_one("b", "row an expert (n)", b.size(1));
+  check.at_least_one("b", "row per expert (n)", b.size(1));
   check.at_least_one("b", "column (K)", b.size(2));
   check.same_dtype("b", b, name, rows);
   check.same_device("b", b, name, rows);

@@ -15,14 +15,14 @@ WgradShape check_grouped_wgrad(at::TensorList grad, at::TensorList input, at::Te
   const size_t segments = grad.size();
   check.at_least_one("grad", "segment", static_cast<int64_t>(segments));
   TORCH_CHECK_VALUE(input.size() == segments && offsets.size() == segments,
-                    "grouped_wgrad: input and offsets must have one tensor a segment (", segments,
+                    "grouped_wgrad: input and offsets must have one tensor per segment (", segments,
                     "), got ", input.size(), " and ", offsets.size());
   TORCH_CHECK_VALUE(grad_top_k >= 0 && input_top_k >= 0,
                     "grouped_wgrad: grad_top_k and input_top_k must not be negative, got ",
                     grad_top_k, " and ", input_top_k);
   const bool gathered = grad_top_k > 0 || input_top_k > 0;
   TORCH_CHECK_VALUE(order.size() == (gathered ? segments : 0), "grouped_wgrad: order must have ",
-                    gathered ? "one tensor a segment" : "none", " where ",
+                    gathered ? "one tensor per segment" : "none", " where ",
                     gathered ? "an operand is" : "no operand is", " gathered, got ", order.size());
   for (size_t s = 0; s < segments; ++s) {
     check.shape("grad", grad[s], "[*, n]", {kAny, s == 0 ? kAny : grad[0].size(1)});

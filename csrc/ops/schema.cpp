@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every op of UniPool. T tokens, k experts a token, M experts, N = T * k sorted rows, D model
+// Every op of UniPool. T tokens, k experts per token, M experts, N = T * k sorted rows, D model
 // width, F expert width; a slot is token * k + j. "acc" is float32 (float64 for float64 inputs).
 //
 // Ties in a top-k go to the lower expert id, and NaN counts as the greatest score, on every

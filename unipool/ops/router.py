@@ -13,7 +13,7 @@ _ops = torch.ops.unipool
 
 
 class Routing(NamedTuple):
-    """The choice of one layer for T tokens, k experts a token, out of M."""
+    """The choice of one layer for T tokens, k experts per token, out of M."""
 
     weights: Tensor  # [T, k] float32 (float64 for float64 logits), differentiable
     experts: Tensor  # [T, k] int32; -1 where a mask left fewer than k experts
@@ -144,7 +144,7 @@ def norm_topk(
     Args:
         logits: [T, M] float32, bfloat16, float64 (CPU) or float16 (CUDA).
         scale: the learnable sigma, one element, float32 (float64 for float64 logits).
-        top_k: experts a token, at most min(M, 16).
+        top_k: experts per token, at most min(M, 16).
         calibration: the constant c.
         eps: guards a row of zeros.
         bias: [M], added to s for the choice only; gets no gradient.
@@ -178,7 +178,7 @@ def softmax_topk(
 
     Args:
         logits: [T, M] float32, bfloat16, float64 (CPU) or float16 (CUDA).
-        top_k: experts a token, at most min(M, 16).
+        top_k: experts per token, at most min(M, 16).
         renormalize: divide the k weights by their sum. Refused for top_k = 1, where every weight
             would be 1 and the router would get no gradient from the task.
         bias: as for norm_topk.

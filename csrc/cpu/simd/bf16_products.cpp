@@ -330,7 +330,7 @@ void nn(int64_t rows, int64_t n, int64_t k, const bf16* x, int64_t ldx, const bf
                          : j0 + width < n ? w + j0 + width
                                           : w + k * ldw;
       for (int64_t j = 0; j < width; j += kVec) {
-        // A strip of the next block, a row a line, in the first two panels.
+        // A strip of the next block, a row per line, in the first two panels.
         Ahead ahead{reinterpret_cast<const char*>(next + j), ldw * int64_t(sizeof(bf16)),
                     rows > kPanel ? 1 : 2};
         for_panels(rows, [&](int64_t first, int64_t count) {

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstring>
 
-#include "cuda/device/portable.cuh"
+#include "cuda/device/kernel.cuh"
 #include "unipool/types.h"
 
 namespace unipool {

@@ -2,7 +2,7 @@
 // Collectives of a warp, or of each group of kLanes neighbouring lanes in it. All 32 lanes call
 // them. Sums are formed in the same order in every lane, so all lanes get the same bits.
 #pragma once
-#include "cuda/device/portable.cuh"
+#include "cuda/device/kernel.cuh"
 #include "unipool/types.h"
 
 namespace unipool {

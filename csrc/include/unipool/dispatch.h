@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sorting token slots by expert, and moving rows between token order and sorted order.
-// T tokens, k slots a token, N = T * k < 2^31 slots and sorted rows, M experts (<= kExpertLimit),
+// T tokens, k slots per token, N = T * k < 2^31 slots and sorted rows, M experts (<= kExpertLimit),
 // D = width. A slot is token * k + j. All tensors are contiguous; every output is written.
 #pragma once
 #include <cuda_runtime_api.h>

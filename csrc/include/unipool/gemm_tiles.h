@@ -37,10 +37,10 @@ struct GemmTile {
 enum GemmTileId : int { kTile16, kTile32, kTile64, kTile128, kTileFloat, kTileCount };
 
 // A warp's part of a tile decides what a multiply costs in shared memory reads: 64x64 needs half
-// the bandwidth of an SM on a full tensor core, 16x32 all of it and a half more. Below 64 rows an
+// the bandwidth of an SM on a full tensor core, 16x32 all of it and a half more. Below 64 rows per
 // expert that is paid for by reading less: there the weights' way from memory is the limit, and
-// four stages of 128 columns keep it busy. 128 rows hold 128 sums a thread; stages of 32 instead of
-// 64 leave room for two blocks an SM, one of which stores while the other multiplies.
+// four stages of 128 columns keep it busy. 128 rows hold 128 sums per thread; stages of 32 instead
+// of 64 leave room for two blocks per SM, one of which stores while the other multiplies.
 inline constexpr GemmTile kGemmTiles[kTileCount] = {
     {"t16", GemmFamily::kSm80, 16, 128, 64, 4, 1, 4, 2, kRowKinds},
     {"t32", GemmFamily::kSm80, 32, 128, 64, 4, 1, 4, 2, kRowKinds},
@@ -112,8 +112,8 @@ constexpr double gemm_stage_clocks(const GemmTile& tile, const SmRates& rate) {
 // Expected clocks of a product, from sizes alone: the host does not know how many rows each expert
 // has. Rows are taken as spread evenly, so that an expert's last tile is half full on average. The
 // greater of two times counts, and the part of the other that overlap leaves: DRAM's, which is the
-// same for all tiles, and that of the SMs, in which operands come from L2 once a tile and the last
-// wave is not full.
+// same for all tiles, and that of the SMs, in which operands come from L2 once per tile and the
+// last wave is not full.
 constexpr double gemm_clocks(const GemmTile& tile, const GemmProblem& p, const GpuFacts& gpu) {
   using namespace gemm_detail;
   const SmRates rate = sm_rates(gpu.arch);

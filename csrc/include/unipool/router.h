@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fused routers: scores of a token's logits, top-k, load and importance; and their backward.
-// T tokens, M experts (<= kExpertLimit), k experts a token (<= kTopKLimit, <= M). All tensors are
+// T tokens, M experts (<= kExpertLimit), k experts per token (<= kTopKLimit, <= M). All tensors are
 // contiguous. Every output is written, for T = 0 too. Sums over tokens have a fixed order that
 // depends on the shape only.
 #pragma once

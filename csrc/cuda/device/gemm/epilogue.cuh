@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // From accumulators to global memory. for_each_pair() visits a thread's accumulators with their
 // coordinates; OutputTile turns them round through shared memory, so that rows are stored 16 bytes
-// a thread, whole cache lines at a time.
+// per thread, whole cache lines at a time.
 //
 // An epilogue is: a barrier (the pipeline's memory is reused); for_each_pair with put(); a barrier;
 // store() or for_each_chunk(); a barrier before the next multiply(). store_tile() is all of it.

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cuda/device/portable.cuh"
+#include "cuda/device/kernel.cuh"
 #include "unipool/gemm_tiles.h"
 #include "unipool/types.h"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a stage comes into shared memory: a Loader<Operand, Lines, kVector> copies one operand tile a
-// call, the next one along K each time. `Lines` says where the thread's lines are:
+// How a stage comes into shared memory: a Loader<Operand, Lines, kVector> copies one operand tile
+// per call, the next one along K each time. `Lines` says where the thread's lines are:
 //   StridedLines   line() + i * kStep at a fixed distance: a weight matrix, either major
 //   GatheredLines  K-major rows, each at its own address: rows found through `order`
 //   TableLines     MN-major, line k at the address in row k of a table: the weight gradient

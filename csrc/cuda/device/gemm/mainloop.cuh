@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // multiply(): acc += the sum over K of one tile, as a pipeline with two levels. Tile::kStages - 1 k
 // tiles are on their way from global memory while one is worked on; and while the tensor cores work
-// on one depth of 16, ldmatrix brings the next into registers. One barrier a k tile.
+// on one depth of 16, ldmatrix brings the next into registers. One barrier per k tile.
 //
 // Loaders: see loaders.cuh; any object with load(stage) will do that brings the k tiles in order.
 // After multiply() all copies have landed, but other warps may still read the last stage: a barrier
@@ -11,15 +11,47 @@
 
 namespace unipool {
 
+// The stages of the pipeline: those in use, one to read and one to write.
+template <class Tile>
+class Stages {
+ public:
+  __device__ __forceinline__ static void wait_for_next() {
+    cute::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();
+  }
+  __device__ __forceinline__ int read() const { return read_; }
+  __device__ __forceinline__ void next_read() { read_ = next(read_); }
+
+  // Sends the next k tile, if there is one, on its way into the stage that was read before last.
+  template <class LoaderA, class LoaderB>
+  __device__ __forceinline__ void load(LoaderA& load_a, LoaderB& load_b, bool exists) {
+    if (exists) {
+      load_a.load(write_);
+      load_b.load(write_);
+    }
+    cute::cp_async_fence();  // of an empty group too, so that the waits count right
+    write_ = next(write_);
+  }
+
+ private:
+  __device__ __forceinline__ static int next(int stage) {
+    return stage == Tile::kStages - 1 ? 0 : stage + 1;
+  }
+  int read_ = 0, write_ = 0;
+};
+
 template <class Tile, class LoaderA, class LoaderB, class Acc>
 __device__ __forceinline__ void multiply(typename Tile::T* smem, LoaderA& load_a, LoaderB& load_b,
                                          int k_tiles, Acc& acc) {
   using namespace cute;
   if (k_tiles == 0) return;
-  using Element = typename Tile::Element;
-  constexpr int kStages = Tile::kStages;
+  Stages<Tile> stages;
+  CUTE_UNROLL
+  for (int tile = 0; tile < Tile::kStages - 1; ++tile) {
+    stages.load(load_a, load_b, tile < k_tiles);
+  }
 
-  Element* data = reinterpret_cast<Element*>(smem);
+  auto* data = reinterpret_cast<typename Tile::Element*>(smem);
   Tensor sA = make_tensor(make_smem_ptr(data), typename Tile::A::Layout{});
   Tensor sB = make_tensor(make_smem_ptr(data + Tile::kElementsA), typename Tile::B::Layout{});
   typename Tile::Mma mma;
@@ -40,43 +72,23 @@ __device__ __forceinline__ void multiply(typename Tile::T* smem, LoaderA& load_a
     copy(copy_b, from_b(_, _, block, stage), to_b(_, _, block));
   };
 
-  CUTE_UNROLL
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < k_tiles) {
-      load_a.load(stage);
-      load_b.load(stage);
-    }
-    cp_async_fence();
-  }
-  cp_async_wait<kStages - 2>();
-  __syncthreads();
+  stages.wait_for_next();
   fetch(0, 0);
-
-  int read = 0, write = kStages - 1;
   CUTE_NO_UNROLL
   for (int tile = 0; tile < k_tiles; ++tile) {
     CUTE_UNROLL
     for (int block = 0; block < kBlocks; ++block) {
       if (block < kBlocks - 1) {
-        fetch(block + 1, read);
+        fetch(block + 1, stages.read());
       } else if (tile + 1 < k_tiles) {
         // The next k tile has landed for all, and all are done with the stage before it.
-        cp_async_wait<kStages - 2>();
-        __syncthreads();
-        read = read == kStages - 1 ? 0 : read + 1;
-        fetch(0, read);
+        stages.wait_for_next();
+        stages.next_read();
+        fetch(0, stages.read());
       }
-      if (block == 0) {
-        if (tile + kStages - 1 < k_tiles) {
-          load_a.load(write);
-          load_b.load(write);
-        }
-        cp_async_fence();  // of an empty group too, so that the waits count right
-        write = write == kStages - 1 ? 0 : write + 1;
-      }
+      if (block == 0) stages.load(load_a, load_b, tile + Tile::kStages - 1 < k_tiles);
       CUTE_UNROLL
-      for (int atom = 0; atom < kAtoms; ++atom) {
-        const int k = block * kAtoms + atom;
+      for (int k = block * kAtoms; k < (block + 1) * kAtoms; ++k) {
         gemm(mma, rA(_, _, k), rB(_, _, k), acc);
       }
     }

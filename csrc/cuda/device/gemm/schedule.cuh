@@ -22,7 +22,7 @@ class RowSchedule {
   static constexpr int kWarps = Tile::kThreads / kWarp;
 
  public:
-  // Of shared memory: a number a warp, and for each group its first row tile.
+  // Of shared memory: a number per warp, and for each group its first row tile.
   __host__ __device__ static constexpr size_t shared_bytes(int experts) {
     return sizeof(int32_t) * (kWarps + size_t(experts) + 2);
   }

@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "cuda/device/portable.cuh"
+#include "cuda/device/kernel.cuh"
 
 namespace unipool {
 

@@ -20,7 +20,7 @@
 #pragma once
 #include <cute/tensor.hpp>
 
-#include "cuda/device/portable.cuh"
+#include "cuda/device/kernel.cuh"
 #include "unipool/gemm_tiles.h"
 #include "unipool/types.h"
 
@@ -42,9 +42,10 @@ struct SwizzleOf {
   using type = cute::Swizzle<kLine == 8 * kChunk ? 3 : 2, kLog, 3>;
 };
 
-// An operand tile of kMn x kDepth elements in each of kStages stages, filled 16 bytes ("a chunk") a
-// thread at a time. Lines run along the contiguous dimension; a thread owns one chunk column and
-// the lines line() + i * kStep, i < kCount, so everything but i * kStepElements is fixed for it.
+// An operand tile of kMn x kDepth elements in each of kStages stages, filled 16 bytes ("a chunk")
+// per thread at a time. Lines run along the contiguous dimension; a thread owns one chunk column
+// and the lines line() + i * kStep, i < kCount, so everything but i * kStepElements is fixed for
+// it.
 template <class T_, int kMn_, int kDepth_, int kStages_, int kThreads, Major kMajor_>
 struct Operand {
   using T = T_;

@@ -37,8 +37,8 @@ constexpr int kKnownDevices = 64;  // of which a kernel's facts are kept
 // Blocks of a kernel, of `threads` threads and `smem` bytes of dynamic shared memory, that one
 // multiprocessor holds at once; 0 if a block does not fit. The kernel may then use all the shared
 // memory that its static arrays leave of what a block can opt in to: the same limit for every
-// launch, so that threads do not lower each other's. Asked of the runtime once a device, and again
-// when `smem` changes.
+// launch, so that threads do not lower each other's. Asked of the runtime once per device, and
+// again when `smem` changes.
 template <auto kKernel>
 cudaError_t resident_blocks(int threads, size_t smem, int* blocks) {
   static std::atomic<uint64_t> known[kKnownDevices];  // smem + 1 and, in the low byte, blocks
