@@ -32,6 +32,11 @@ def assert_gradients_close(actual, expected, tolerance=1e-5):
 # --- forward ---
 
 
+def with_expert(output) -> torch.Tensor:
+    """Of each layer: (token, slot) pairs that have an expert."""
+    return torch.stack([(routing.experts >= 0).sum() for routing in output.routings])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_output_has_the_documented_shapes(form):
     model = make_model(**FORMS[form]).train()
@@ -42,7 +47,7 @@ def test_output_has_the_documented_shapes(form):
     assert torch.equal(output.loss, output.lm_loss + output.aux_loss)
     assert [h.shape for h in output.hidden_states] == [(2, 7, 32)] * 5
     assert output.load.shape == (4, 8)
-    assert output.load.sum(1).tolist() == [2 * 7 * 2] * 4
+    assert torch.equal(output.load.sum(1), with_expert(output))
     for routing in output.routings:
         assert routing.weights.shape == routing.experts.shape == (14, 2)
         assert routing.importance.shape == (8,)
@@ -171,7 +176,8 @@ def test_padding_is_neither_routed_nor_balanced():
     output = model(batch, attention_mask=mask)
     alone = [model(ids) for ids in (first, second)]
     assert torch.equal(output.load, alone[0].load + alone[1].load)
-    assert output.load.sum(1).tolist() == [10 * 2] * 4
+    assert torch.equal(output.load.sum(1), with_expert(output))
+    assert all(len(routing.experts) == 10 for routing in output.routings)
     torch.testing.assert_close(output.logits[:1, :4], alone[0].logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.logits[1:], alone[1].logits, rtol=1e-4, atol=1e-5)
     importance = [
@@ -183,7 +189,7 @@ def test_padding_is_neither_routed_nor_balanced():
     # The whole batch, masked or not, when there is nothing to leave out.
     full = model(batch, attention_mask=torch.ones_like(batch))
     assert torch.equal(full.load, model(batch).load)
-    assert full.load.sum() == 4 * 12 * 2
+    assert all(len(routing.experts) == 12 for routing in full.routings)
 
 
 @pytest.mark.any_device
@@ -204,7 +210,7 @@ def by_hand(config, routings, fractions):
     loss, new = 0.0, []
     for index, group in enumerate(groups):
         chosen = torch.cat([routings[layer].experts.flatten() for layer in group])
-        fraction = torch.bincount(chosen, minlength=8) / chosen.numel()
+        fraction = torch.bincount(chosen[chosen >= 0], minlength=8) / chosen.numel()
         tokens = sum(len(routings[layer].experts) for layer in group)
         mean_score = sum(routings[layer].importance for layer in group) / tokens
         used = fractions[index] if config.balance_delay else fraction

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unipool import ops, reference
-from unipool.nn import ExpertPool, NormRouter, PoolBalancer, SoftmaxRouter, pooled_moe
+from unipool.nn import (
+    ExpertPool,
+    NormRouter,
+    PoolBalancer,
+    RecurrentRouter,
+    SoftmaxRouter,
+    pooled_moe,
+)
 from unipool.nn.router import norm_router_calibration, wide_logits
 
 SIZES = [*range(1, 17), 24, 32, 33, 64, 96, 127, 160, 192, 288, 384, 513, 1024]
@@ -179,7 +186,7 @@ def test_router_parameters():
     router = NormRouter(16, 24, 3)
     assert {n: tuple(p.shape) for n, p in router.named_parameters()} == {
         "weight": (24, 16),
-        "scale": (),
+        "scale": (1,),
     }
     assert router.scale.dtype == torch.float32
     assert router.scale.item() == 1.0
@@ -188,6 +195,26 @@ def test_router_parameters():
     assert [n for n, _ in SoftmaxRouter(16, 24, 3).named_parameters()] == ["weight"]
     assert NormRouter(16, 24, 3, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
     assert NormRouter(16, 24, 3, dtype=torch.bfloat16).scale.dtype == torch.float32
+
+
+def saved_without_dimension(router: torch.nn.Module) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        router.scale.fill_(1.25)
+    return {n: t.reshape(()) if n == "scale" else t for n, t in router.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: NormRouter(16, 24, 3), lambda: RecurrentRouter(16, 24, 3, 8, "norm")]
+)
+def test_a_scale_saved_without_dimensions_loads(make):
+    router = make()
+    router.load_state_dict(saved_without_dimension(make()))
+    assert router.scale.tolist() == [1.25]
+    outer = torch.nn.Sequential(make())
+    outer.load_state_dict({f"0.{n}": t for n, t in saved_without_dimension(make()).items()})
+    assert outer[0].scale.tolist() == [1.25]
+    with pytest.raises(RuntimeError, match="size mismatch for scale"):
+        router.load_state_dict({**router.state_dict(), "scale": torch.ones(2)})
 
 
 def test_routers_can_be_built_on_the_meta_device_and_filled_later(device):

@@ -256,7 +256,7 @@ def test_parameters(scoring):
     router = RecurrentRouter(D, M, K, P, **scoring)
     shapes = {"proj.weight": (P, D), "weight": (M, P)}
     if scoring["scoring"] == "norm":
-        shapes["scale"] = ()
+        shapes["scale"] = (1,)
         assert router.scale.item() == 1.0
         assert router.calibration == norm_router_calibration(M, K)
     else:

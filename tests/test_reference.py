@@ -20,8 +20,8 @@ def test_norm_topk_by_hand():
     z = torch.tensor([[3.0, -4.0, 0.0]], dtype=F64)
     r = reference.norm_topk(z, torch.tensor(2.0, dtype=F64), 2, calibration=10.0, eps=0.0)
     assert r.weights.tolist() == [[12.0, 0.0]]
-    assert r.experts.tolist() == [[0, 1]]
-    assert r.load.tolist() == [1, 1, 0]
+    assert r.experts.tolist() == [[0, -1]]
+    assert r.load.tolist() == [1, 0, 0]
     assert r.importance.tolist() == [12.0, 0.0, 0.0]
 
 

@@ -184,7 +184,8 @@ def test_hidden_drawn_experts_change_nothing(form):
 def test_the_least_loaded_experts_are_dropped(form):
     model, optimizer = make_trained(**FORMS[form])
     load = measure_load(model, [make_ids(seed=4), make_ids(seed=5)])
-    assert load.sum(1).tolist() == [2 * 33 * model.config.num_experts_per_tok] * 4
+    slots = 2 * 33 * model.config.num_experts_per_tok
+    assert all(slots / 2 < row <= slots for row in load.sum(1).tolist())
     weights = [pool.down_proj.detach().clone() for pool in model.model.pools]
     rows = [layer.router.weight.detach().clone() for layer in model.model.layers]
     origins = resize_pool(model, 4, load=load, optimizer=optimizer)

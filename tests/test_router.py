@@ -62,16 +62,40 @@ def test_ties_go_to_the_lower_id(op, device):
     got = route(op, z, 4).experts.tolist()
     assert got[0] == [1, 2, 4, 0]
     assert got[1] == [0, 1, 2, 3]
-    assert got[2] == [0, 1, 2, 3]
+    assert got[2] == ([-1] * 4 if op == "norm_topk" else [0, 1, 2, 3])
 
 
-def test_norm_topk_of_negative_logits_falls_back_to_the_lowest_ids(device):
-    """ReLU makes every score 0, so all experts tie; the weights are exactly 0."""
-    z = -torch.rand(9, 20, device=device) - 0.1
-    routing = route("norm_topk", z, 3)
-    assert routing.experts.tolist() == [[0, 1, 2]] * 9
-    assert routing.weights.eq(0).all()
-    assert routing.importance.eq(0).all()
+def test_scores_of_zero_are_silent(dtype, device):
+    """No expert, no load, and neither value nor gradient differ for it."""
+    z = logits(Case("silent", 64, 12, 5, 1, 1), dtype).to(device)
+    z[::4] = -z[::4].abs()  # whole tokens; others have fewer than 5 positive logits
+    leaf = z.clone().requires_grad_()
+    scale = torch.full((1,), 1.5, dtype=acc_dtype(dtype), device=device, requires_grad=True)
+    got = ops.norm_topk(leaf, scale, 5)
+    heard = z.gt(0).sum(1).clamp(max=5)
+    assert heard.min() == 0
+    assert heard.unique().numel() > 3
+    slots = torch.arange(5, device=device)
+    assert torch.equal(got.experts >= 0, slots < heard[:, None])
+    assert torch.equal(got.weights != 0, got.experts >= 0)
+    spoken = got.experts[got.experts >= 0].long()
+    check_equal(got.load, torch.bincount(spoken, minlength=12).int())
+    grads = torch.randn(64, 5, dtype=got.weights.dtype, device=device)
+    got.weights.backward(grads)
+    first = leaf.grad.clone(), scale.grad.clone()
+    leaf.grad = scale.grad = None
+    loud = grads.masked_fill(got.experts < 0, 1e6)  # of slots that no expert saw
+    ops.norm_topk(leaf, scale, 5).weights.backward(loud)
+    assert torch.equal(leaf.grad, first[0])
+    assert torch.equal(scale.grad, first[1])
+
+
+def test_a_score_that_is_biased_up_to_the_top_may_be_silent(device):
+    z = torch.tensor([[3.0, -1.0, 2.0], [-1.0, 1.0, -2.0]], device=device)
+    bias = torch.tensor([0.0, 10.0, 0.0], device=device)
+    routing = route("norm_topk", z, 2, bias=bias)
+    assert routing.experts.tolist() == [[-1, 0], [1, -1]]
+    assert routing.load.tolist() == [1, 1, 0]
 
 
 def test_softmax_topk_of_negative_logits_takes_the_greatest(device):
@@ -88,10 +112,12 @@ def test_non_finite_logits_give_distinct_ids_in_range(op, poison, share, dtype, 
     z[torch.rand(T, M) < share] = poison
     routing = route(op, z.to(device, dtype), k)
     ids = routing.experts.cpu().long()
-    assert ids.min() >= 0
+    silent = routing.weights.cpu() == 0 if op == "norm_topk" else torch.zeros_like(ids).bool()
+    assert torch.equal(ids == -1, silent)  # beside an infinity all others may score 0
+    heard = [[e for e in row if e != -1] for row in ids.tolist()]
     assert ids.max() < M
-    assert all(len(set(row)) == k for row in ids.tolist())
-    check_equal(routing.load, torch.bincount(ids.flatten(), minlength=M).int())
+    assert all(len(set(row)) == len(row) for row in heard)
+    check_equal(routing.load, torch.bincount(ids[ids >= 0], minlength=M).int())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -135,7 +161,7 @@ def test_mask_hides_values_and_takes_no_part(op, device):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("left", [0, 1, 2])
 def test_fewer_experts_left_than_k(op, left, dtype, device):
-    z = torch.randn(11, 6).to(device, dtype).requires_grad_()
+    z = (torch.rand(11, 6) + 0.1).to(device, dtype).requires_grad_()
     mask = torch.arange(6, device=device) >= left
     routing = route(op, z, 3, mask=mask)
     assert routing.experts[:, left:].eq(-1).all()
@@ -161,7 +187,7 @@ def test_bias_steers_the_choice_only(op, device):
     """A biased expert is chosen by every token with its unbiased score as weight, and the bias gets
     no gradient."""
     case = Case("bias", 50, 12, 2, 1, 1)
-    z = logits(case, torch.float32).to(device)
+    z = logits(case, torch.float32).abs().to(device)
     bias = torch.zeros(12, device=device)
     bias[5] = 1e3
     plain, steered = route(op, z, 12), route(op, z, 2, bias=bias)
@@ -178,7 +204,7 @@ def test_bias_steers_the_choice_only(op, device):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_bias_of_minus_infinity_is_the_last_choice(op, device):
-    z = torch.randn(20, 4, device=device)
+    z = torch.rand(20, 4, device=device) + 0.1
     bias = torch.tensor([-torch.inf, 0.0, 0.0, 0.0], device=device)
     routing = route(op, z, 4, bias=bias)
     assert routing.experts[:, 3].eq(0).all()

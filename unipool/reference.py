@@ -39,7 +39,9 @@ def norm_topk(
     scores = scale.to(z.dtype) * calibration * torch.relu(z / (norm + eps))
     scores = _fill_masked(scores, mask, 0.0)
     experts = _choose(scores, top_k, bias, mask)
-    return Routing(_gather(scores, experts), experts, _load(experts, scores), scores.sum(0))
+    weights = _gather(scores, experts)
+    experts = experts.masked_fill(weights == 0, -1)  # silent slots
+    return Routing(weights, experts, _load(experts, scores), scores.sum(0))
 
 
 def softmax_topk(

@@ -114,7 +114,7 @@ __device__ __forceinline__ void add_over_block(float (&sums)[L::kItems], float* 
   }
 }
 
-// What a token's slots hold: ids, -1 where no expert was left, and the keys they were chosen by.
+// What a token's slots hold: ids, -1 in slots without an expert, and the keys they were chosen by.
 template <class L>
 struct Choice {
   Slots<L, int> ids;
@@ -143,12 +143,13 @@ __device__ __forceinline__ Choice<L> choose(const float (&s)[L::kItems], uint32_
 }
 
 // The weights of the chosen, 0 in slots without an expert. A key tells the score, unless it is
-// biased: then it is computed again from the logit.
+// biased: then it is computed again from the logit. Where a score of 0 means silence, the slot
+// loses its expert.
 template <class L, class Score>
 __device__ __forceinline__ Slots<L, float> weights_of(const RouterArgs& a, const Score& score,
                                                       const typename Score::Row& row,
                                                       const RowWalk<L>& walk,
-                                                      const Choice<L>& choice) {
+                                                      Choice<L>& choice) {
   Slots<L, float> w;
 #pragma unroll
   for (int i = 0; i < w.kEach; ++i) {
@@ -156,6 +157,7 @@ __device__ __forceinline__ Slots<L, float> weights_of(const RouterArgs& a, const
     w.v[i] = 0.f;
     if (w.slot(walk.lane, i) >= a.top_k || id < 0) continue;
     w.v[i] = a.bias == nullptr ? score_of(choice.keys.v[i]) : score.score(walk.logit(id), row);
+    if (Score::kZeroIsSilent && w.v[i] == 0.f) choice.ids.v[i] = -1;
   }
   return score.template finish_weights<L>(w);
 }
@@ -194,8 +196,9 @@ __device__ __forceinline__ void topk_rows(const RouterArgs& a, const Score& scor
     const auto row = score.template scores<L>(s, open_here);
 #pragma unroll
     for (int i = 0; i < L::kItems; ++i) importance[i] += s[i];
-    const auto choice = choose<L>(s, open_here, walk.lane, a.bias, a.top_k);
-    store_slots<L>(a, walk, choice.ids, weights_of<L>(a, score, row, walk, choice), load);
+    auto choice = choose<L>(s, open_here, walk.lane, a.bias, a.top_k);
+    const auto w = weights_of<L>(a, score, row, walk, choice);
+    store_slots<L>(a, walk, choice.ids, w, load);
   }
 
   const int64_t base = int64_t(blockIdx.x) * experts;

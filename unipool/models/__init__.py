@@ -17,10 +17,12 @@ from .modeling_unipool import (
     UniPoolPreTrainedModel,
 )
 from .presets import parameter_counts, preset, preset_names
+from .saved_weights import register as register_saved_weights
 
 AutoConfig.register(UniPoolConfig.model_type, UniPoolConfig, exist_ok=True)
 AutoModel.register(UniPoolConfig, UniPoolModel, exist_ok=True)
 AutoModelForCausalLM.register(UniPoolConfig, UniPoolForCausalLM, exist_ok=True)
+register_saved_weights()
 
 __all__ = [
     "UniPoolCausalLMOutput",

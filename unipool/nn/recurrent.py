@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unipool.nn.router import _check_sizes, norm_router_calibration, wide_logits
+from unipool.nn.router import _check_sizes, new_scale, norm_router_calibration, wide_logits
 from unipool.ops import Routing, norm_topk, softmax_topk
 
 SCORINGS = ("softmax", "norm")
@@ -87,7 +87,7 @@ class RecurrentRouter(nn.Module):
         self.calibration = self.scale = None
         if scoring == "norm":
             self.calibration = norm_router_calibration(num_experts, top_k)
-            self.scale = nn.Parameter(torch.empty((), device=device, dtype=torch.float32))
+            self.scale = new_scale(self, device)
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:

@@ -60,6 +60,21 @@ def wide_logits(x: Tensor, weight: Tensor) -> Tensor:
     return router_logits(x, weight)
 
 
+def new_scale(router: nn.Module, device=None) -> nn.Parameter:
+    """sigma of NormRouter scores, [1] float32, for `router` to keep as its `scale`.
+
+    One dimension, since FSDP2 shards no parameter without; what was saved with shape () loads, too.
+    """
+    router.register_load_state_dict_pre_hook(_give_scale_its_dimension)
+    return nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
+
+
+def _give_scale_its_dimension(_router, state: dict[str, Tensor], prefix: str, *_) -> None:
+    name = f"{prefix}scale"
+    if name in state and state[name].dim() == 0:
+        state[name] = state[name].reshape(1)
+
+
 class _Router(nn.Module):
     """The part that routers share: the projection [M, D] and its initialisation."""
 
@@ -95,7 +110,7 @@ class NormRouter(_Router):
 
     Attributes:
         weight: [M, D].
-        scale: the learnable sigma, a float32 scalar, 1 at the start.
+        scale: the learnable sigma, [1] float32, 1 at the start.
         calibration: the constant c(M, k), a float.
     """
 
@@ -112,7 +127,7 @@ class NormRouter(_Router):
         super().__init__(d_model, num_experts, top_k, device, dtype)
         self.eps = eps
         self.calibration = norm_router_calibration(num_experts, top_k)
-        self.scale = nn.Parameter(torch.empty((), device=device, dtype=torch.float32))
+        self.scale = new_scale(self, device)
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:

@@ -16,7 +16,7 @@ class Routing(NamedTuple):
     """The choice of one layer for T tokens, k experts per token, out of M."""
 
     weights: Tensor  # [T, k] float32 (float64 for float64 logits), differentiable
-    experts: Tensor  # [T, k] int32; -1 where a mask left fewer than k experts
+    experts: Tensor  # [T, k] int32; -1 in slots without an expert: silent, or masked
     load: Tensor  # [M] int32, (token, slot) pairs an expert got
     importance: Tensor  # [M] float32 (float64 likewise), sum of scores over tokens, differentiable
 
@@ -152,8 +152,9 @@ def norm_topk(
             experts are left, the spare slots have id -1 and weight 0.
 
     Returns:
-        Routing; the weights are s itself, not renormalised. Gradients reach logits and scale
-        from weights and importance.
+        Routing; the weights are s itself, not renormalised. Slots whose score is 0 are silent: id
+        -1, not dispatched, not counted in load. Gradients reach logits and scale from weights and
+        importance.
 
     Raises:
         ValueError, TypeError: an argument's shape, range, device or dtype is not as above.

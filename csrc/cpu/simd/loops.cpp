@@ -338,6 +338,9 @@ void norm_topk(const RouterRow<T>& row, acc_t<T> coef, acc_t<T> eps) {
     }
   });
   choose_by_score(row, score, row.scratch + row.experts);
+  for (int64_t j = 0; j < row.top_k; ++j) {
+    if (row.weights[j] == A(0)) row.ids[j] = -1;  // silent: docs/math.md (4)
+  }
 }
 
 // g[e] = grad_importance[e] + the weight gradient of the slot that chose e.

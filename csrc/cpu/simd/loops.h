@@ -35,7 +35,7 @@ struct RouterRow {
   const uint8_t* mask;   // [M] or null, what is not 0 hides an expert
   acc_t<T>* scratch;     // [2 * M]
   acc_t<T>* weights;     // [k] out
-  int32_t* ids;          // [k] out
+  int32_t* ids;          // [k] out, -1 in slots without an expert
   acc_t<T>* importance;  // [M] +=
 };
 

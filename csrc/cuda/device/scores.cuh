@@ -9,6 +9,7 @@ namespace unipool {
 
 // s = q * relu(u), u = z / (n + eps), n = ||z||_2 over the open experts, q = scale * calibration.
 struct NormScore {
+  static constexpr bool kZeroIsSilent = true;  // docs/math.md (4)
   float q;
   float eps;
 
@@ -104,6 +105,7 @@ struct NormScore {
 
 // p = softmax(z) over the open experts; with renormalize, w_j = p_j / sum of the chosen p.
 struct SoftmaxScore {
+  static constexpr bool kZeroIsSilent = false;  // an exp that underflows is still a choice
   bool renormalize;
 
   struct Row {

@@ -16,7 +16,7 @@ struct RouterArgs {
   const float* bias;    // [M], added to the scores for the choice only; may be null
   const uint8_t* mask;  // [M], what is not 0 hides an expert; may be null
   float* weights;       // [T, k]
-  int32_t* experts;     // [T, k], -1 where no expert was left
+  int32_t* experts;     // [T, k], -1 in slots without an expert
   int32_t* load;        // [M]
   float* importance;    // [M]
   void* workspace;      // router_workspace_bytes
