@@ -52,7 +52,7 @@ gpu-test: $(GPU_VENV)/installed $(NVCC)
 	@$(GPU_TEST) $(GPU_PYTEST) -k "cuda or softgpu" $(TESTS) $(ARGS)
 ifeq ($(TESTS),tests)
 	@echo "the kernels of sm_80"
-	@$(GPU_TEST) SOFTGPU_GPU=a100 $(GPU_PYTEST) -k "cuda and bf16" tests/test_kernel_cases.py
+	@$(GPU_TEST) SOFTGPU_GPU=a100 $(GPU_PYTEST) -k "cuda and bf16" tests/ops/test_kernel_cases.py
 	@$(GPU_BIN)/python -m softgpu.coverage build/coverage \
 	  --libraries build/gpu-test/package/lib --named 7unipool --require 98
 	@echo "rehearsal of bench/gpu_check.sh"

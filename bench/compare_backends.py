@@ -3,9 +3,9 @@
 
     python bench/compare_backends.py [--json FILE] [--case NAME ...]
 
-Forward and backward of every op on tests/cases.py, in the dtypes that both have. Integers must be
-equal. A float's error is the greatest |a - b| over the greatest |b|, which may be twice what
-tests/tolerance.py allows one of them from the exact result.
+Forward and backward of every op on tests/support/cases.py, in the dtypes that both have.
+Integers must be equal. A float's error is the greatest |a - b| over the greatest |b|, which may be twice what
+tests/support/tolerance.py allows one of them from the exact result.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import Tensor
 from unipool import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import cases  # noqa: E402
 from cases import Case, OpSpec  # noqa: E402

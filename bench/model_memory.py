@@ -2,8 +2,8 @@
 """Memory of training a UniPool model, by formula, and the tables of docs/choosing.md.
 
 The formulas are those of one process that trains with AdamW on float32 weights, as `unipool train`
-does, without gradient checkpointing; tests/test_model_memory.py holds them against what autograd
-saves. What kernels need while they run, and what an allocator wastes, is not in them.
+does, without gradient checkpointing; tests/bench/test_model_memory.py holds them against
+what autograd saves. What kernels need while they run, and what an allocator wastes, is not in them.
 """
 
 from dataclasses import dataclass

@@ -46,7 +46,7 @@ print(json.dumps({
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parents[1])))
+    path = os.pathsep.join(map(str, (HERE, HERE.parent / "support", HERE.parents[1])))
     env = {k: v for k, v in os.environ.items() if k != "SOFTGPU_SMS"}
     env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)

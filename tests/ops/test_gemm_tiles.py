@@ -9,7 +9,7 @@ import torch
 
 from unipool import _C
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import tile_efficiency
 

@@ -9,7 +9,7 @@ import torch
 
 from unipool.models import UniPoolForCausalLM, preset
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import model_memory  # noqa: E402
 

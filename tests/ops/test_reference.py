@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import CASES, SPECS, Case, oracle, pairs
+from published import CALIBRATION
 from tolerance import Tolerance, check_close, unit_error
 
 from unipool import reference
@@ -92,17 +93,8 @@ def test_results_are_of_order_1(spec, case):
 
 # --- calibration and loss
 
-PUBLISHED = [  # equation (3)
-    (96, 1, 4.02),
-    (96, 2, 3.03),
-    (128, 1, 4.45),
-    (192, 1, 5.16),
-    (288, 1, 6.02),
-    (384, 1, 6.73),
-]
 
-
-@pytest.mark.parametrize(("M", "k", "value"), PUBLISHED)
+@pytest.mark.parametrize(("M", "k", "value"), CALIBRATION)
 def test_calibration_agrees_with_the_published_values(M, k, value):
     """To the two decimals given, and four standard errors (0.2 / sqrt(draws) relative)."""
     draws = 1 << 15

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "unipool"
+PACKAGE = Path(__file__).resolve().parents[2] / "unipool"
 
 # A room is a folder of the package, or a file beside the folders. Each may import from these.
 PLAIN = {"errors", "files"}

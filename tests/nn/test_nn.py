@@ -11,7 +11,7 @@ import devices
 import numpy as np
 import pytest
 import torch
-from test_reference import PUBLISHED
+from published import CALIBRATION
 from tolerance import Tolerance, check_close, check_equal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +33,7 @@ SIZES = [*range(1, 17), 24, 32, 33, 64, 96, 127, 160, 192, 288, 384, 513, 1024]
 # --- calibration
 
 
-@pytest.mark.parametrize(("M", "k", "value"), PUBLISHED)
+@pytest.mark.parametrize(("M", "k", "value"), CALIBRATION)
 def test_calibration_has_the_published_values(M, k, value):
     assert abs(norm_router_calibration(M, k) - value) < 0.02
 

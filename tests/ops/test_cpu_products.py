@@ -124,7 +124,7 @@ def test_every_instruction_set(isa: str) -> None:
     run = subprocess.run(
         [*command, __file__, "-k", "not instruction_set"],
         env={**os.environ, "UNIPOOL_CPU_ISA": isa},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
