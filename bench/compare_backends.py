@@ -3,9 +3,9 @@
 
     python bench/compare_backends.py [--json FILE] [--case NAME ...]
 
-Forward and backward of every op on tests/support/cases.py, in the dtypes that both have.
-Integers must be equal. A float's error is the greatest |a - b| over the greatest |b|, which may be twice what
-tests/support/tolerance.py allows one of them from the exact result.
+Forward and backward of every op on tests/support/cases.py, in the dtypes that both have. Integers
+must be equal. A float's error is the greatest |a - b| over the greatest |b|, which may be twice
+what tests/support/tolerance.py allows one of them from the exact result.
 """
 
 import argparse

@@ -94,7 +94,7 @@ def pairs(few: bool) -> list[Pair]:
     small, products = ([named(FEW_NAMES)] * 2) if few else (named(NAMES), named(EXPERT_NAMES))
     if not few and not is_rehearsal():
         products = products + LARGE
-    chosen = cases.pairs([*cases.ROUTER_SPECS, *cases.DISPATCH_SPECS], small)
+    chosen = cases.pairs([*cases.ROUTER_SPECS, cases.ROUTER_LOGITS, *cases.DISPATCH_SPECS], small)
     return chosen + cases.pairs(cases.EXPERT_SPECS, products)
 
 

@@ -11,23 +11,15 @@ from cases import (
     UNPERMUTE_WEIGHTED,
     Case,
     expert_ids,
-    oracle,
     pairs,
     plan,
     rand,
-    run,
-    to_device,
     weights,
 )
-from tolerance import Tolerance, check_close, check_equal, check_results
+from suite import check_against_oracle
+from tolerance import Tolerance, check_close, check_equal
 
 from unipool import ops, reference
-
-
-def check_against_oracle(spec, case, dtype, device):
-    inputs = spec.inputs(case, dtype)
-    actual = run(spec, case, ops, to_device(inputs, device))
-    check_results(spec, case, inputs, actual, oracle(spec, case, inputs), dtype)
 
 
 def check_plan(got: ops.DispatchPlan, due: ops.DispatchPlan) -> None:

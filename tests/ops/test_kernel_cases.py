@@ -18,26 +18,12 @@ from cases import (
     OpSpec,
     acc_dtype,
     expert_ids,
-    oracle,
     rand,
-    run,
-    to_device,
 )
-from tolerance import Tolerance, check_close, check_results
+from suite import check_against_oracle
+from tolerance import Tolerance, check_close
 
-from unipool import _C, ops, reference
-
-TOPK_SPECS = [spec for spec in ROUTER_SPECS if spec.name != "router_logits"]
-
-
-def check_inputs(spec: OpSpec, case: Case, inputs: dict, dtype, device) -> None:
-    actual = run(spec, case, ops, to_device(inputs, device))
-    check_results(spec, case, inputs, actual, oracle(spec, case, inputs), dtype)
-
-
-def check_against_oracle(spec: OpSpec, case: Case, dtype, device) -> None:
-    check_inputs(spec, case, spec.inputs(case, dtype), dtype, device)
-
+from unipool import _C, reference
 
 # --- the expert products
 
@@ -197,13 +183,13 @@ def test_grouped_wgrad_takes_a_foreign_slot_for_zeros(dtype, backend, device):
 LAYOUTS = [96, 128, 384, 512, 1024, 255, 1023]
 
 
-@pytest.mark.parametrize("spec", TOPK_SPECS, ids=str)
+@pytest.mark.parametrize("spec", ROUTER_SPECS, ids=str)
 @pytest.mark.parametrize("M", LAYOUTS)
 def test_routers_on_every_row_layout(spec, M, dtype, device):
     check_against_oracle(spec, Case(f"{M}", 67, M, 15, 1, 1, logits="ties"), dtype, device)
 
 
-@pytest.mark.parametrize("spec", TOPK_SPECS[:2], ids=str)
+@pytest.mark.parametrize("spec", ROUTER_SPECS[:2], ids=str)
 @pytest.mark.parametrize("M", LAYOUTS)
 def test_norm_routers_of_extreme_rows_on_every_row_layout(spec, M, dtype, device):
     """Zero rows, and rows whose squares over- or underflow float32; float16 has no such numbers."""
@@ -212,10 +198,10 @@ def test_norm_routers_of_extreme_rows_on_every_row_layout(spec, M, dtype, device
     if dtype != torch.float16:
         inputs["logits"][1::4] *= 2.0**100
         inputs["logits"][2::4] *= 2.0**-100
-    check_inputs(spec, case, inputs, dtype, device)
+    check_against_oracle(spec, case, dtype, device, inputs)
 
 
-@pytest.mark.parametrize("spec", TOPK_SPECS, ids=str)
+@pytest.mark.parametrize("spec", ROUTER_SPECS, ids=str)
 @pytest.mark.parametrize(
     ("T", "M"),
     [(13000, 96), (6500, 128), (3300, 384), (2200, 512), (1200, 1024), (3300, 255), (1200, 1023)],
