@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import cases  # noqa: E402
-from cases import Case, OpSpec  # noqa: E402
+import specs  # noqa: E402
+from cases import Case  # noqa: E402
+from specs import OpSpec  # noqa: E402
 from tolerance import PER_ROW, unit_error  # noqa: E402
 
 OP_MODULES = [
@@ -91,9 +93,9 @@ class Difference:
 
 def results_on(backend: Backend, spec: OpSpec, case: Case, dtype: torch.dtype) -> dict:
     """Results and gradients of an op on a backend, on the CPU."""
-    inputs = cases.to_device(spec.inputs(case, dtype), torch.device(backend.device))
+    inputs = specs.to_device(spec.inputs(case, dtype), torch.device(backend.device))
     with backend.selected():
-        results = cases.run(spec, case, ops, inputs)
+        results = specs.run(spec, case, ops, inputs)
     return {name: None if t is None else t.cpu() for name, t in results.items()}
 
 
@@ -142,7 +144,7 @@ def compare(names: list[str]) -> list[Difference]:
     """Of the cases with these names, or of all."""
     found = []
     chosen = [cases.BY_NAME[name] for name in names] if names else cases.CASES
-    for spec, case in cases.pairs(cases.SPECS, chosen):
+    for spec, case in specs.pairs(specs.SPECS, chosen):
         for dtype in (dtype for dtype in CUDA.dtypes if dtype in CPU.dtypes):
             got, want = (results_on(backend, spec, case, dtype) for backend in (CUDA, CPU))
             found += differences(spec, case, dtype, (CUDA, got), (CPU, want))

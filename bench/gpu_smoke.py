@@ -26,6 +26,7 @@ from compare_backends import (
     cases,
     differences,
     results_on,
+    specs,
 )
 from harness import require_device, write_json
 from rehearsal import is_rehearsal, software_gpu
@@ -41,7 +42,7 @@ LARGE = [
 ]
 TILE = re.compile(r"\bTile<(\w+), (\d+), (\d+)")
 
-Pair = tuple[cases.OpSpec, cases.Case]
+Pair = tuple[specs.OpSpec, cases.Case]
 
 
 def our_kernels(folder: Path = ROOT / "csrc" / "cuda") -> set[str]:
@@ -94,8 +95,8 @@ def pairs(few: bool) -> list[Pair]:
     small, products = ([named(FEW_NAMES)] * 2) if few else (named(NAMES), named(EXPERT_NAMES))
     if not few and not is_rehearsal():
         products = products + LARGE
-    chosen = cases.pairs([*cases.ROUTER_SPECS, cases.ROUTER_LOGITS, *cases.DISPATCH_SPECS], small)
-    return chosen + cases.pairs(cases.EXPERT_SPECS, products)
+    chosen = specs.pairs([*specs.ROUTER_SPECS, specs.ROUTER_LOGITS, *specs.DISPATCH_SPECS], small)
+    return chosen + specs.pairs(specs.EXPERT_SPECS, products)
 
 
 def context_works() -> bool:

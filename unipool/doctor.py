@@ -71,7 +71,7 @@ def _note(report: dict, what: str, fix: str) -> None:
     report["notes"].append({"what": what, "fix": fix})
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -105,14 +105,14 @@ def _check_torch(report: dict):
         return None
     report["torch"] = torch.__version__
     report["threads"] = torch.get_num_threads()
-    if _release(torch.__version__) < _MIN_TORCH:
+    if release(torch.__version__) < _MIN_TORCH:
         _problem(
             report, f"torch {torch.__version__} is older than 2.11", "pip install 'torch>=2.11'"
         )
     return torch
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     numbers = []
     for part in version.split("+")[0].split(".")[:2]:
         digits = "".join(c for c in part if c.isdigit())
@@ -166,11 +166,11 @@ def _check_packages(report: dict) -> None:
     report["packages"] = {}
     missing: dict[str, list[str]] = {}
     for name, (extra, use, least) in _OPTIONAL.items():
-        version = _version(name) if _importable(name) else None
+        version = installed_version(name) if _importable(name) else None
         report["packages"][name] = version
         if version is None:
             missing.setdefault(extra, []).append(f"{name} ({use})")
-        elif _release(version) < least:
+        elif release(version) < least:
             wanted = ".".join(map(str, least))
             fix = f"pip install '{name}>={wanted}'"
             _note(report, f"{name} {version} is older than {wanted} ({use})", fix)
@@ -179,7 +179,7 @@ def _check_packages(report: dict) -> None:
 
 
 def _check_library(report: dict, torch) -> None:
-    report["unipool"] = _version("unipool")
+    report["unipool"] = installed_version("unipool")
     report["build"], report["libraries"], report["self_test"] = None, [], []
     try:
         from unipool import __version__, _library, reference
@@ -195,7 +195,7 @@ def _check_library(report: dict, torch) -> None:
         report["libraries"].append(
             {"file": str(path), "architectures": architectures if on_gpu else platform.machine()}
         )
-    if build and _release(build["torch"]) != _release(torch.__version__):
+    if build and release(build["torch"]) != release(torch.__version__):
         what = f"built for torch {build['torch']}, running under torch {torch.__version__}"
         _problem(report, what, f"in the source folder: {REBUILD}")
     has_cuda_ops = any("cuda" in Path(entry["file"]).name for entry in report["libraries"])

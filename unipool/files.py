@@ -21,7 +21,7 @@ _STEP = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 20
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,19 +53,19 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
-    _sync_path(path.parent)
+    sync_path(path.parent)
 
 
 def _seal(folder: Path) -> None:
     """Flush every file of `folder`, then write and flush the manifest that vouches for them."""
     files = {}
     for path in _files(folder):
-        _sync_path(path)
+        sync_path(path)
         name = path.relative_to(folder).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     for path in folder.rglob("*"):
         if path.is_dir():
-            _sync_path(path)
+            sync_path(path)
     write_text(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
 
@@ -91,7 +91,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.rename(staging, path)
-        _sync_path(path.parent)
+        sync_path(path.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -244,97 +244,135 @@ void record(std::function<void()> again) {
       [](void* f) { (*static_cast<std::function<void()>*>(f))(); }, kept));
 }
 
-void on_host(const c10::OperatorHandle& op, Stack* stack) {
-  const auto& schema = op.schema();
-  const std::string name = name_of(op);
-  const size_t count = schema.arguments().size();
-  const Stack args(stack->end() - static_cast<ptrdiff_t>(count), stack->end());
-  const int device = common_device(name, args);
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  Stack hosts;
-  for (size_t i = 0; i < count; ++i) {
-    hosts.push_back(host(args[i]));
-    const bool generator = schema.arguments()[i].type()->str().find("Generator") == 0;
-    if (generator && args[i].isNone()) {
-      hosts.back() = host_generator(at::globalContext().defaultGenerator(
-          c10::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))));
-    }
-  }
-  const bool masks = name.find("index") == 0 || name.find("_index_put") == 0;
-  bool waits = kWaiting.count(name) != 0;
-  if (masks) {
-    for (const at::Tensor& t : tensors_of(args[1])) {
-      waits |= t.defined() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte);
-    }
-  }
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  if (waits) c10::cuda::stream_synchronize(stream);
-  const bool capture = captured();
+// A call of an op on tensors of the device, and what the CPU gets in their place.
+struct HostCall {
+  c10::OperatorHandle op;
+  std::string name;
+  Stack args, hosts;
+  int device;
 
-  Stack results = hosts;
-  if (capture && writes(schema)) {  // results are arguments: only replays may write them
-    record([op, name, hosts] {
-      Stack again = hosts;
-      call(op, name, again);
-      observe(name, op.schema(), hosts, {});
+  HostCall(const c10::OperatorHandle& handle, const Stack& stack)
+      : op(handle),
+        name(name_of(handle)),
+        args(stack.end() - static_cast<ptrdiff_t>(schema().arguments().size()), stack.end()),
+        device(common_device(name, args)) {
+    for (size_t i = 0; i < args.size(); ++i) {
+      hosts.push_back(host(args[i]));
+      const bool generator = schema().arguments()[i].type()->str().find("Generator") == 0;
+      if (generator && args[i].isNone()) {
+        hosts.back() = host_generator(at::globalContext().defaultGenerator(
+            c10::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device))));
+      }
+    }
+  }
+
+  const c10::FunctionSchema& schema() const { return op.schema(); }
+  bool writes_argument(size_t i) const {
+    const auto* alias = schema().arguments()[i].alias_info();
+    return alias && alias->isWrite();
+  }
+
+  // Sizes that depend on values: the host waits for these.
+  bool waits() const {
+    if (kWaiting.count(name) != 0) return true;
+    if (name.find("index") != 0 && name.find("_index_put") != 0) return false;
+    for (const at::Tensor& t : tensors_of(args[1])) {
+      if (t.defined() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // Results that are arguments, for which only the replays of a capture do the work.
+  Stack record_writes() const {
+    record([again = *this] {
+      Stack stack = again.hosts;
+      call(again.op, again.name, stack);
+      observe(again.name, again.schema(), again.hosts, {});
     });
-    results.clear();
-    for (size_t i = 0; i < count; ++i) {
-      const auto* alias = schema.arguments()[i].alias_info();
-      if (alias && alias->isWrite() && results.size() < schema.returns().size()) {
+    Stack results;
+    for (size_t i = 0; i < args.size(); ++i) {
+      if (writes_argument(i) && results.size() < schema().returns().size()) {
         results.push_back(hosts[i]);
       }
     }
-  } else {
-    call(op, name, results);
+    return results;
   }
 
-  // What was resized: to an argument's new size.
-  for (size_t i = 0; i < count; ++i) {
-    const auto* alias = schema.arguments()[i].alias_info();
-    if (!alias || !alias->isWrite()) continue;
-    const auto here = tensors_of(hosts[i]), there = tensors_of(args[i]);
-    for (size_t j = 0; j < here.size(); ++j) {
-      if (!there[j].is_cuda() || here[j].sizes() == there[j].sizes()) continue;
-      there[j].resize_(here[j].sizes());
-      host(there[j]).copy_(here[j]);
-    }
-  }
-
-  stack->erase(stack->end() - static_cast<ptrdiff_t>(count), stack->end());
-  std::vector<at::Tensor> made;
-  for (const IValue& result : results) {
-    if (result.isTensor()) {
-      stack->push_back(device_result(result.toTensor(), args, hosts, device));
-      made.push_back(stack->back().toTensor());
-    } else if (result.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& t : result.toTensorVector()) {
-        made.push_back(device_result(t, args, hosts, device));
-        list.push_back(made.back());
-      }
-      stack->push_back(list);
-    } else {
-      stack->push_back(result);
-    }
-  }
-  if (capture && !writes(schema)) {
+  // Each replay writes `made` anew.
+  void record_results(const std::vector<at::Tensor>& made) const {
     std::vector<at::Tensor> outs;
     for (const at::Tensor& t : made) outs.push_back(host(t));
-    record([op, name, hosts, outs] {
-      Stack again = hosts;
-      call(op, name, again);
+    record([again = *this, outs] {
+      Stack stack = again.hosts;
+      call(again.op, again.name, stack);
       size_t i = 0;
-      for (const IValue& result : again) {
+      for (const IValue& result : stack) {
         for (const at::Tensor& t : tensors_of(result)) {
           if (t.defined()) outs[i].copy_(t);
           ++i;
         }
       }
-      observe(name, op.schema(), hosts, outs);
+      observe(again.name, again.schema(), again.hosts, outs);
     });
-  } else if (!capture) {
-    observe(name, schema, args, made);
+  }
+
+  // What was resized: to an argument's new size.
+  void follow_sizes() const {
+    for (size_t i = 0; i < args.size(); ++i) {
+      if (!writes_argument(i)) continue;
+      const auto here = tensors_of(hosts[i]), there = tensors_of(args[i]);
+      for (size_t j = 0; j < here.size(); ++j) {
+        if (!there[j].is_cuda() || here[j].sizes() == there[j].sizes()) continue;
+        there[j].resize_(here[j].sizes());
+        host(there[j]).copy_(here[j]);
+      }
+    }
+  }
+
+  // Puts the results on the device and onto the stack; returns their tensors.
+  std::vector<at::Tensor> push(const Stack& results, Stack* stack) const {
+    std::vector<at::Tensor> made;
+    const auto to_device = [&](const at::Tensor& t) {
+      made.push_back(device_result(t, args, hosts, device));
+      return made.back();
+    };
+    for (const IValue& result : results) {
+      if (result.isTensor()) {
+        stack->push_back(to_device(result.toTensor()));
+      } else if (result.isTensorList()) {
+        c10::List<at::Tensor> list;
+        for (const at::Tensor& t : result.toTensorVector()) list.push_back(to_device(t));
+        stack->push_back(list);
+      } else {
+        stack->push_back(result);
+      }
+    }
+    return made;
+  }
+};
+
+void on_host(const c10::OperatorHandle& op, Stack* stack) {
+  const HostCall call_here(op, *stack);
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(call_here.device));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (call_here.waits()) c10::cuda::stream_synchronize(stream);
+  const bool capture = captured(), in_place = writes(op.schema());
+
+  Stack results = call_here.hosts;
+  if (capture && in_place) {
+    results = call_here.record_writes();
+  } else {
+    call(op, call_here.name, results);
+  }
+  call_here.follow_sizes();
+  stack->erase(stack->end() - static_cast<ptrdiff_t>(call_here.args.size()), stack->end());
+  const std::vector<at::Tensor> made = call_here.push(results, stack);
+  if (!capture) {
+    observe(call_here.name, op.schema(), call_here.args, made);
+  } else if (!in_place) {
+    call_here.record_results(made);
   }
 }
 

@@ -3,14 +3,12 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
 import evidence_tables as tables  # noqa: E402
 
 CONTENT = json.loads((ROOT / "bench" / "results" / "evidence.json").read_text())

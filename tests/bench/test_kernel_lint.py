@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "profiling"))
 
 import cubin  # noqa: E402
 import kernel_rules  # noqa: E402

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory formulas of docs/choosing.md against what autograd saves and what AdamW keeps."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from unipool.models import UniPoolForCausalLM, preset
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
 import model_memory  # noqa: E402
 
 CONFIGS = {

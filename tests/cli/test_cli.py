@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cases import PUBLIC_OPS
+from specs import PUBLIC_OPS
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")

@@ -162,7 +162,9 @@ def test_core_install_is_enough(module):
 
 
 def test_old_packages_and_missing_torch_are_noticed(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: "5.3.0" if name == "transformers" else "9")
+    monkeypatch.setattr(
+        doctor, "installed_version", lambda name: "5.3.0" if name == "transformers" else "9"
+    )
     notes = doctor.diagnose()["notes"]
     assert any(n["fix"] == "pip install 'transformers>=5.17'" for n in notes)
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -177,7 +179,7 @@ def test_old_packages_and_missing_torch_are_noticed(monkeypatch):
     [("2.13.0+cpu", (2, 13)), ("2.11.0a0+git", (2, 11)), ("3", (3,)), ("2.12.0rc1", (2, 12))],
 )
 def test_release_numbers(version, release):
-    assert doctor._release(version) == release
+    assert doctor.release(version) == release
 
 
 def test_without_the_op_library_import_works_and_doctor_says_the_fix(tmp_path):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import cases
 import devices
 import pytest
+import specs
 import torch
 from tolerance import check_results
 from torch import nn
@@ -186,21 +187,21 @@ def make_experts(case, inputs=None) -> nn.Module:
 
 
 def expert_inputs(case, dtype) -> dict[str, torch.Tensor]:
-    return cases.to_device(cases.EXPERT_MLP.inputs(case, dtype), devices.current())
+    return specs.to_device(specs.EXPERT_MLP.inputs(case, dtype), devices.current())
 
 
 @pytest.mark.parametrize("case_name", ["empty", "ragged", "ties", "dropped"])
 def test_experts_against_the_oracle(case_name, dtype):
-    case, spec = cases.BY_NAME[case_name], cases.EXPERT_MLP
+    case, spec = cases.BY_NAME[case_name], specs.EXPERT_MLP
     inputs = expert_inputs(case, dtype)
     module = make_experts(case, inputs)
     x, weights = (inputs[n].clone().requires_grad_() for n in ("x", "weights"))
     y = module(x, inputs["experts"].long(), weights)
-    y.backward(cases.upstream(case, "y", y))
+    y.backward(specs.upstream(case, "y", y))
     gate_up, down = module.gate_up_proj, module.down_proj
     leaves = {"x": x, "weights": weights, "gate_up": gate_up, "down": down}
     actual = {"y": y.detach()} | {f"grad_{n}": t.grad for n, t in leaves.items()}
-    check_results(spec, case, inputs, actual, cases.oracle(spec, case, inputs), dtype)
+    check_results(spec, case, inputs, actual, specs.oracle(spec, case, inputs), dtype)
 
 
 def test_tokens_of_another_dtype_are_cast_to_that_of_the_weights():

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Growing and shrinking pools, what layers see, and the optimizer that goes along."""
+"""Pools that grow and shrink: outputs, what layers see, refusals."""
 
 import copy
-import json
-import shutil
-
-import pytest
-import torch
-
-pytest.importorskip("transformers")
 
 import devices
+import pytest
+import torch
+from resized import make_trained, train_step
 from small_models import make_ids, make_model
 
 from unipool.models import UniPoolForCausalLM
 from unipool.models.resize import expert_mask, measure_load, resize_pool, set_layer_experts
 from unipool.nn.router import norm_router_calibration
 
+pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("device")
+
 
 FORMS = {
     "norm": {},
@@ -30,41 +28,11 @@ FORMS = {
 }
 
 
-def make_trained(**overrides):
-    """A model and its AdamW after two steps, so that moments and balance state are not zero."""
-    model = make_model(**({"num_experts": 6} | overrides)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    for seed in range(2):
-        train_step(model, optimizer, seed)
-    return model, optimizer
-
-
-def train_step(model, optimizer, seed):
-    ids = make_ids(seed=seed)
-    optimizer.zero_grad()
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
 def outputs(model):
     ids = make_ids()
     with torch.no_grad():
         output = model.eval()(ids, labels=ids)
     return output.logits, output.lm_loss
-
-
-def adamw_step(parameter, state, group):
-    """What AdamW makes of a parameter, from its gradient and its state before the step."""
-    (b1, b2), lr, step = group["betas"], group["lr"], state["step"].item() + 1
-    m = b1 * state["exp_avg"] + (1 - b1) * parameter.grad
-    v = b2 * state["exp_avg_sq"] + (1 - b2) * parameter.grad**2
-    update = (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt() + group["eps"])
-    return parameter.detach() * (1 - lr * group["weight_decay"]) - lr * update
-
-
-# --- growing by copies ---
 
 
 @pytest.mark.parametrize("show", ["split", "hidden"])
@@ -149,9 +117,6 @@ def test_copies_that_all_see_have_the_rows_of_their_originals():
         assert moments.abs().max() > 0
 
 
-# --- growing by new experts ---
-
-
 def test_drawn_experts_are_new_and_seen_by_all():
     model, optimizer = make_trained()
     kept = model.model.pools[0].gate_up_proj.detach().clone()
@@ -175,9 +140,6 @@ def test_hidden_drawn_experts_change_nothing(form):
     resize_pool(model, 9, add="init", show="hidden")
     assert torch.equal(outputs(model)[0], logits)
     assert torch.equal(outputs(model)[1], loss)
-
-
-# --- shrinking ---
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -234,103 +196,6 @@ def test_calibration_follows_what_a_layer_still_sees():
     }
 
 
-# --- the optimizer ---
-
-
-@pytest.mark.parametrize(
-    ("size", "arguments"),
-    [
-        (9, {"experts": [0, 3, 3]}),
-        (9, {"experts": [0, 3, 3], "show": "all"}),
-        (4, {"experts": [1, 4]}),
-        (8, {"add": "init"}),
-    ],
-)
-def test_the_step_after_resizing_is_adamw_with_the_carried_moments(size, arguments):
-    model, optimizer = make_trained()
-    pool = model.model.pools[0]
-    old = {
-        name: {key: value.clone() for key, value in optimizer.state[getattr(pool, name)].items()}
-        for name in ("gate_up_proj", "down_proj")
-    }
-    (origin,) = resize_pool(model, size, optimizer=optimizer, **arguments)
-    names = {id(parameter) for parameter in model.parameters()}
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == names
-    assert {id(parameter) for parameter in optimizer.state} == names
-    for name, state in old.items():
-        carried = optimizer.state[getattr(pool, name)]
-        assert carried["step"] == state["step"] == 2
-        for new, source in enumerate(origin):
-            due = torch.zeros_like(state["exp_avg"][0])
-            for key in ("exp_avg", "exp_avg_sq"):
-                expected = due if source < 0 else state[key][source]
-                assert torch.equal(carried[key][new], expected)
-    ids = make_ids(seed=6)
-    optimizer.zero_grad()
-    model.train()(ids, labels=ids).loss.backward()
-    group = optimizer.param_groups[0]
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    due = [adamw_step(p, optimizer.state[p], group) for p in parameters]
-    optimizer.step()
-    for parameter, expected in zip(parameters, due, strict=True):
-        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
-
-
-def test_momentum_of_other_optimizers_goes_along():
-    model, _ = make_trained()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    train_step(model, optimizer, 0)
-    momentum = optimizer.state[model.model.pools[0].down_proj]["momentum_buffer"].clone()
-    resize_pool(model, 7, experts=[2], optimizer=optimizer)
-    carried = optimizer.state[model.model.pools[0].down_proj]["momentum_buffer"]
-    assert torch.equal(carried, momentum[[0, 1, 2, 3, 4, 5, 2]])
-    train_step(model, optimizer, 1)
-
-
-@pytest.mark.any_device
-def test_frozen_parameters_stay_frozen():
-    model, _ = make_trained()
-    model.model.pools[0].requires_grad_(False)
-    resize_pool(model, 8)
-    assert not model.model.pools[0].down_proj.requires_grad
-    assert model.model.layers[0].router.weight.requires_grad
-
-
-# --- balance ---
-
-
-def test_balance_state_follows_the_layers_exactly():
-    model, _ = make_trained(balance="layer")
-    before = [balancer.fraction.clone() for balancer in model.model.balancers]
-    resize_pool(model, 9)
-    for layer, (balancer, old) in enumerate(zip(model.model.balancers, before, strict=True)):
-        view = model.config.visible_experts(layer)
-        assert balancer.num_experts == 9
-        assert torch.equal(balancer.fraction[view], old)
-        hidden = [expert for expert in range(9) if expert not in view]
-        assert not balancer.fraction[hidden].any()
-    hidden, _ = make_trained()
-    ids = make_ids()
-    loss = copy.deepcopy(hidden).train()(ids, labels=ids).aux_loss
-    resize_pool(hidden, 9, show="hidden")
-    grown = hidden.train()(ids, labels=ids).aux_loss
-    torch.testing.assert_close(grown, loss * 9 / 6)  # coefficient * M
-
-
-def test_balance_state_of_a_pool_is_split_and_keeps_its_sum():
-    model, _ = make_trained()
-    before = model.model.balancers[0].fraction.clone()
-    resize_pool(model, 7, experts=[2])
-    after = model.model.balancers[0].fraction
-    torch.testing.assert_close(after[[0, 1, 3, 4, 5]], before[[0, 1, 3, 4, 5]])
-    torch.testing.assert_close(after[[2, 6]], (before[2] / 2).expand(2))
-    resize_pool(model, 4, experts=[0, 1, 2])
-    torch.testing.assert_close(model.model.balancers[0].fraction.sum(), before.sum())
-
-
-# --- what layers see ---
-
-
 def test_rows_move_with_their_experts():
     model, optimizer = make_trained()
     rows = model.model.layers[1].router.weight.detach().clone()
@@ -357,9 +222,6 @@ def test_a_resized_model_is_saved_and_loads(tmp_path):
     loaded = UniPoolForCausalLM.from_pretrained(tmp_path).to(devices.current())
     assert loaded.config.layer_experts == model.config.layer_experts is not None
     assert torch.equal(outputs(loaded)[0], outputs(model)[0])
-
-
-# --- refusals ---
 
 
 @pytest.mark.any_device
@@ -402,132 +264,3 @@ def test_other_refusals():
     assert resize_pool(two, 7, experts=[[1], [4]]) == [[*range(6), 1], [*range(6), 4]]
     with pytest.raises(ValueError, match=r"layer_experts\[0\] .* got \[9, 1\]"):
         set_layer_experts(two, [[9, 1]] * 4)
-
-
-# --- command ---
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A checkpoint of `unipool train`, with its optimizer."""
-    pytest.importorskip("typer")
-    from unipool import cli
-    from unipool.files import latest_checkpoint
-
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(300)))
-    sizes = "--d-model 32 --d-ff 32 --layers 2 --heads 2 --pool-size 4 --seq-len 32 --batch-size 4"
-    run = f"--steps 3 --eval-tokens 128 --device cpu --data {text} --out {tmp_path / 'run'}"
-    assert cli.main(["train", *sizes.split(), *run.split()]) == 0
-    return latest_checkpoint(tmp_path / "run" / "checkpoints")
-
-
-@pytest.mark.any_device
-def test_command_resizes_a_checkpoint_with_its_optimizer(checkpoint, tmp_path, capsys):
-    from unipool import cli
-    from unipool.files import folder_fault
-
-    out = tmp_path / "grown" / "step-3"
-    capsys.readouterr()
-    assert cli.main(["resize", str(checkpoint), str(out), "--experts", "6", "--ids", "1,3"]) == 0
-    assert "pool 0: experts 0-3 1 3 of before" in capsys.readouterr().out
-    assert folder_fault(out) is None
-    assert {path.name for path in checkpoint.iterdir()} == {path.name for path in out.iterdir()}
-    before, after = (UniPoolForCausalLM.from_pretrained(path) for path in (checkpoint, out))
-    assert torch.equal(after(make_ids()).logits, before(make_ids()).logits)
-    states = [torch.load(path / "optimizer.pt")["state"] for path in (checkpoint, out)]
-    names = [n for n, p in after.named_parameters() if p.ndim >= 2]
-    index = names.index("model.pools.0.down_proj")
-    old, new = (state[index] for state in states)
-    assert torch.equal(new["exp_avg"], old["exp_avg"][[0, 1, 2, 3, 1, 3]])
-    assert new["exp_avg"].abs().max() > 0
-    assert new["step"] == 3
-
-
-@pytest.mark.any_device
-def test_a_run_goes_on_from_a_resized_checkpoint(checkpoint, tmp_path, capsys):
-    """The run's options still say four experts; what counts is the checkpoint's model."""
-    from unipool import cli
-    from unipool.training.metrics import read_metrics
-
-    run, grown = checkpoint.parent.parent, tmp_path / "grown"
-    resized = grown / "checkpoints" / checkpoint.name
-    resized.parent.mkdir(parents=True)
-    for name in ("config.json", "data.key", "metrics.jsonl"):
-        shutil.copy2(run / name, grown / name)
-    assert cli.main(["resize", str(checkpoint), str(resized), "--experts", "6"]) == 0
-    capsys.readouterr()
-    assert cli.main(["train", "--resume", "--out", str(grown), "--steps", "8"]) == 0
-    assert "from step 3" in capsys.readouterr().out
-    assert read_metrics(grown / "metrics.jsonl")[-1]["step"] == 8
-    before, after = (UniPoolForCausalLM.from_pretrained(p) for p in (resized, grown / "model"))
-    assert after.config.num_experts == 6
-    old, new = (m.model.pools[0].down_proj.detach() for m in (before, after))
-    assert new.shape == (6, 32, 32)
-    assert not torch.equal(new, old)
-    saved = torch.load(grown / "checkpoints" / "step-8" / "optimizer.pt")["state"]
-    assert {state["step"].item() for state in saved.values()} == {8.0}
-
-
-@pytest.mark.any_device
-def test_command_drops_by_a_load_from_a_file(checkpoint, tmp_path, capsys):
-    from unipool import cli
-
-    load = tmp_path / "load.json"
-    load.write_text(json.dumps([[5, 0, 7, 1], [1, 0, 3, 9]]))
-    arguments = ["resize", str(checkpoint.parent.parent), str(tmp_path / "small")]
-    capsys.readouterr()
-    assert cli.main([*arguments, "--experts", "3", "--load", str(load)]) == 0
-    assert "pool 0: experts 0 2-3 of before" in capsys.readouterr().out
-
-
-@pytest.mark.any_device
-def test_command_refuses_in_one_line(checkpoint, tmp_path, capsys):
-    from unipool import cli
-
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"load": 1}')
-    for arguments, message in [
-        (["--experts", "4"], "num_experts must be a positive integer other than M=4"),
-        (["--experts", "0"], "--experts"),
-        (["--experts", "5", "--ids", "one"], "--ids must be numbers"),
-        (["--experts", "5", "--ids", "1,2"], "experts must be 1 ids"),
-        (["--experts", "5", "--load", str(broken)], "must be JSON"),
-        (["--experts", "5", "--load", "nowhere"], "--load nowhere"),
-    ]:
-        capsys.readouterr()
-        code = cli.main(["resize", str(checkpoint), str(tmp_path / "new"), *arguments])
-        error = capsys.readouterr().err
-        assert (code, error.count("\n")) == (2, 1), error
-        assert message in error
-        assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.any_device
-def test_command_refuses_damaged_and_foreign_files_in_one_line(tmp_path, capsys):
-    pytest.importorskip("typer")
-    from unipool import cli
-
-    model, optimizer = make_trained()
-    model.save_pretrained(tmp_path / "one")
-    for content, message in [
-        (b"not a file of torch", "cannot be read as an optimizer's state"),
-        (optimizer.state_dict(), "is not the optimizer of `unipool train`"),
-        (None, ""),
-    ]:
-        path = tmp_path / "one" / "optimizer.pt"
-        if content is None:  # now the weights
-            path.unlink()
-            path = tmp_path / "one" / "model.safetensors"
-            content = path.read_bytes()[:1000]
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        capsys.readouterr()
-        arguments = ["--experts", "7", "--ids", "1"]
-        code = cli.main(["resize", str(tmp_path / "one"), str(tmp_path / "new"), *arguments])
-        error = capsys.readouterr().err
-        assert (code, error.count("\n")) == (2, 1), error
-        assert message in error
-        assert not (tmp_path / "new").exists()

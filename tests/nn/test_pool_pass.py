@@ -1,86 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool pass: equal gradients in all modes, under every way that PyTorch runs a backward."""
+"""The pool pass: one weight gradient for all layers, equal to autograd."""
 
-import contextlib
 import gc
-import queue
-from collections.abc import Callable
-from pathlib import Path
 
 import devices
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from pool_stacks import (
+    FF,
+    MERGED,
+    MODES,
+    D,
+    K,
+    L,
+    M,
+    Stack,
+    assert_equal,
+    expected,
+    gradients,
+    inputs,
+    loss_of,
+)
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from unipool.nn import ExpertPool, NormRouter, pooled_moe
 
 pytestmark = pytest.mark.usefixtures("device")
 
-T, D, FF, M, K, L = 48, 16, 24, 6, 2, 4
-MODES = ["deferred", "accumulate", "autograd"]
-MERGED = MODES[:2]
+
 CHECKPOINTING = {"plain": None, "nonreentrant": False, "reentrant": True}
-
-
-class Stack(nn.Module):
-    """Layers of router -> shared pool with a residual, as a model's root would run them."""
-
-    def __init__(self, mode: str, layers: int = L, **options) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.pool = ExpertPool(M, D, FF, mode, **options)
-        self.routers = nn.ModuleList(NormRouter(D, M, K) for _ in range(layers))
-        self.use_reentrant: bool | None = None
-        self.to(devices.current())
-
-    def forward(self, x: Tensor) -> Tensor:
-        experts = self.pool.begin_pass()
-        for router in self.routers:
-
-            def layer(h: Tensor, router: NormRouter = router) -> Tensor:
-                normed = F.rms_norm(h, (D,))
-                return h + pooled_moe(normed, router, experts)[0]
-
-            x = layer(x) if self.use_reentrant is None else self.recomputed(layer, x)
-        return x
-
-    def recomputed(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return checkpoint(layer, x, use_reentrant=self.use_reentrant)
-
-
-def inputs(seed: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(T, D, generator=generator).to(devices.current(), dtype).requires_grad_()
-
-
-def loss_of(y: Tensor) -> Tensor:
-    return (y.float() ** 2).mean()
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def expected(steps: int = 1, **options) -> dict[str, Tensor]:
-    """Gradients of plain autograd after backward passes over `steps` micro-batches."""
-    model = Stack("autograd", **options)
-    for step in range(steps):
-        loss_of(model(inputs(2 + step))).backward()
-    return gradients(model)
-
-
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = 1e-6) -> None:
-    assert got.keys() == wanted.keys()
-    for name, want in wanted.items():
-        assert want.norm() > 0, name
-        error = ((got[name].double() - want.double()).norm() / want.double().norm()).item()
-        assert error <= bound, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("window", [None, 0, 50_000], ids=["whole", "each", "some"])
@@ -388,75 +337,3 @@ def test_bad_arguments():
         ExpertPool(M, D, FF, "eager")
     with pytest.raises(ValueError, match="wgrad_window_bytes must not be negative, got -1"):
         ExpertPool(M, D, FF, wgrad_window_bytes=-1)
-
-
-# --- two processes
-
-
-_OUTLIVES_ITS_GROUP: list = []  # see the fixture of this name in conftest.py
-
-
-def _worker(rank: int, world: int, store: Path, mode: str, device: str, results: mp.Queue) -> None:
-    devices.select(torch.device(device))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        model = DistributedDataParallel(Stack(mode))
-        _OUTLIVES_ITS_GROUP.append(model)
-        loss_of(model(inputs(2 + rank))).backward()
-        if rank == 0:
-            results.put({name: p.grad.cpu().numpy() for name, p in model.module.named_parameters()})
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def _first_result(results: mp.Queue, workers: list) -> dict:
-    """What the first worker leaves; no waiting for workers that have died."""
-    while all(worker.exitcode in (None, 0) for worker in workers):
-        with contextlib.suppress(queue.Empty):
-            return results.get(timeout=1)
-    raise AssertionError("a worker died")
-
-
-@pytest.mark.parametrize("mode", MERGED)
-def test_distributed_data_parallel_averages_the_gradients(mode, tmp_path):
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    arguments = (2, tmp_path / "store", mode, devices.current().type, results)
-    workers = [
-        context.Process(target=_worker, args=(rank, *arguments), daemon=True) for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    got = {
-        name: torch.from_numpy(g).to(devices.current())
-        for name, g in _first_result(results, workers).items()
-    }
-    for worker in workers:
-        worker.join(600)
-        assert worker.exitcode == 0
-    assert_equal(got, {name: g / 2 for name, g in expected(2).items()})
-
-
-@pytest.mark.parametrize("mode", MERGED)
-def test_model_trains_as_with_autograd(mode):
-    """Thirty steps of a small language model: the loss curves agree to float32 noise."""
-    models = pytest.importorskip("unipool.models")
-    curves = {}
-    for way in (mode, "autograd"):
-        torch.manual_seed(0)
-        config = models.preset("tiny", "unipool", weight_grad=way)
-        model = models.UniPoolForCausalLM(config).to(devices.current()).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        curves[way] = []
-        for step in range(30):
-            generator = torch.Generator().manual_seed(step % 4)
-            ids = torch.randint(0, 64, (2, 33), generator=generator).to(devices.current())
-            loss = model(input_ids=ids, labels=ids).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            curves[way].append(loss.item())
-    assert curves[mode][-1] < 0.8 * curves[mode][0]
-    torch.testing.assert_close(curves[mode], curves["autograd"], rtol=1e-4, atol=0)

@@ -2,10 +2,7 @@
 """The named cases are what their names say."""
 
 import torch
-from cases import (
-    BY_NAME,
-    expert_ids,
-)
+from cases import BY_NAME, expert_ids
 
 
 def test_ids_of_the_cases_are_what_their_names_say():

@@ -8,23 +8,16 @@ import bad_calls
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import (
-    BY_NAME,
+from cases import BY_NAME, Case, acc_dtype, logits, plan, pool, rand, weights
+from specs import (
     EXPERT_MLP,
     GROUPED_MM,
     PUBLIC_OPS,
     SPECS,
     UNPERMUTE_WEIGHTED,
-    Case,
-    acc_dtype,
-    logits,
     oracle,
-    plan,
-    pool,
-    rand,
     run,
     to_device,
-    weights,
 )
 from tolerance import check_results
 from torch import Tensor

@@ -3,19 +3,8 @@
 
 import pytest
 import torch
-from cases import (
-    BY_NAME,
-    CASES,
-    DISPATCH_SPECS,
-    PERMUTE,
-    UNPERMUTE_WEIGHTED,
-    Case,
-    expert_ids,
-    pairs,
-    plan,
-    rand,
-    weights,
-)
+from cases import BY_NAME, CASES, Case, expert_ids, plan, rand, weights
+from specs import DISPATCH_SPECS, PERMUTE, UNPERMUTE_WEIGHTED, pairs
 from suite import check_against_oracle
 from tolerance import Tolerance, check_close, check_equal
 

@@ -3,18 +3,8 @@
 
 import pytest
 import torch
-from cases import (
-    BY_NAME,
-    EXPERT_MLP,
-    Case,
-    acc_dtype,
-    oracle,
-    pairs,
-    plan,
-    rand,
-    run,
-    to_device,
-)
+from cases import BY_NAME, Case, acc_dtype, plan, rand
+from specs import EXPERT_MLP, oracle, pairs, run, to_device
 from suite import EXPERT_SIZES, check_against_oracle, check_empty_experts
 from tolerance import Tolerance, check_close, check_results
 

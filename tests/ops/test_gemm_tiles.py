@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiles of the CUDA expert products and the choice among them: host code, no GPU needed."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import tile_efficiency
 import torch
 
 from unipool import _C
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-
-import tile_efficiency
 
 TILES = {tile["name"]: tile for tile in _C.gemm_tiles()}
 KINDS = ("rows", "rows_bwd", "wgrad")

@@ -3,16 +3,8 @@
 
 import pytest
 import torch
-from cases import (
-    BY_NAME,
-    GROUPED_MM,
-    Case,
-    pairs,
-    plan,
-    rand,
-    run,
-    to_device,
-)
+from cases import BY_NAME, Case, plan, rand
+from specs import GROUPED_MM, pairs, run, to_device
 from suite import EXPERT_SIZES, check_against_oracle, check_empty_experts
 from tolerance import Tolerance, check_close
 

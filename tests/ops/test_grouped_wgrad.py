@@ -3,12 +3,7 @@
 
 import pytest
 import torch
-from cases import (
-    Case,
-    acc_dtype,
-    expert_ids,
-    rand,
-)
+from cases import Case, acc_dtype, expert_ids, rand
 from tolerance import Tolerance, check_close
 
 from unipool import reference

@@ -6,7 +6,8 @@ measured by `python -m softgpu.coverage`."""
 
 import pytest
 import torch
-from cases import (
+from cases import Case, acc_dtype, expert_ids, rand
+from specs import (
     DISPATCH_PLAN,
     EXPERT_MLP,
     EXPERT_SPECS,
@@ -14,11 +15,7 @@ from cases import (
     ROUTER_SPECS,
     UNPERMUTE,
     UNPERMUTE_WEIGHTED,
-    Case,
     OpSpec,
-    acc_dtype,
-    expert_ids,
-    rand,
 )
 from suite import check_against_oracle
 from tolerance import Tolerance, check_close

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import EXPERT_MLP, Case, to_device
+from cases import Case
+from specs import EXPERT_MLP, to_device
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint

@@ -6,8 +6,10 @@ from itertools import chain, combinations
 
 import pytest
 import torch
-from cases import (
-    BY_NAME,
+from cases import BY_NAME, Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from specs import (
     EXPERT_MLP,
     NORM_TOPK,
     PERMUTE,
@@ -15,14 +17,11 @@ from cases import (
     SOFTMAX_TOPK,
     SOFTMAX_TOPK_RENORMALIZED,
     SPECS,
-    Case,
     oracle,
     run,
     to_device,
     upstream,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tolerance import check_results
 from torch import Tensor
 

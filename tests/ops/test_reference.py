@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from cases import CASES, SPECS, Case, oracle, pairs
+from cases import CASES, Case
 from published import CALIBRATION
+from specs import SPECS, oracle, pairs
 from tolerance import Tolerance, check_close, unit_error
 
 from unipool import reference

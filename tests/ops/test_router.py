@@ -3,16 +3,8 @@
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    NORM_TOPK,
-    ROUTER_SPECS,
-    SOFTMAX_TOPK,
-    Case,
-    acc_dtype,
-    logits,
-    pairs,
-)
+from cases import CASES, Case, acc_dtype, logits
+from specs import NORM_TOPK, ROUTER_SPECS, SOFTMAX_TOPK, pairs
 from suite import ROUTER_SIZES, check_against_oracle
 from tolerance import check_equal
 

@@ -3,12 +3,8 @@
 
 import pytest
 import torch
-from cases import (
-    ROUTER_LOGITS,
-    Case,
-    acc_dtype,
-    pairs,
-)
+from cases import Case, acc_dtype
+from specs import ROUTER_LOGITS, pairs
 from suite import ROUTER_SIZES, check_against_oracle
 from tolerance import check_equal
 

@@ -59,8 +59,8 @@ def run(name="a <b>", layers=3, experts=5, seed=0):
 def shrink(patch):
     """The demo of smaller models, on less text."""
     training = {"seq_len": 64, "batch_size": 4, "eval_tokens": 2000, "log_every": 2}
-    patch.setattr(demo, "_SHAPE", demo._SHAPE | {"d_model": 32, "d_ff": 32})
-    patch.setattr(demo, "_TRAINING", demo._TRAINING | training)
+    patch.setattr(demo, "SHAPE", demo.SHAPE | {"d_model": 32, "d_ff": 32})
+    patch.setattr(demo, "TRAINING", demo.TRAINING | training)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from cases import SPECS, Case, OpSpec, oracle, run, to_device
+from cases import Case
+from specs import SPECS, OpSpec, oracle, run, to_device
 from tolerance import check_results
 
 from unipool import ops

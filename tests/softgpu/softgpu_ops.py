@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from cases import Case, OpSpec, to_device, upstream
+from cases import Case
+from specs import OpSpec, to_device, upstream
 from torch import Tensor
 
 from unipool import ops

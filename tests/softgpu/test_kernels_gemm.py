@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cases import Tolerance
 from gemm_launchers import (
     MAX_WGRAD_SEGMENTS,
     TILES,
@@ -25,6 +24,7 @@ from kernel_library import (
     under_schedules,
 )
 from launchers import DTYPES, misaligned
+from specs import Tolerance
 from tolerance import check_close
 from torch import Tensor
 

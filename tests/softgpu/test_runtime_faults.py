@@ -1,79 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of a host, planted one at a time: each is the error that CUDA gives, and one line on
-stderr that names the kernel or the call, and the reason."""
+"""Faults of the host in launches, and what the runtime says of them."""
 
 import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import planted
 import pytest
 import torch
 from planted import Planted
+from runtime_handles import OK, memory
 
 pytestmark = planted.needs_softgpu
-
-OK = "cudaSuccess"
-BLOCKING, NON_BLOCKING = 0, 1
-GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Planted:
-    return Planted(planted.build())
-
-
-@pytest.fixture
-def says(capfd: pytest.CaptureFixture) -> Callable[..., None]:
-    """Checks that stderr has one line since the last time, with these words; none: no line."""
-
-    def check(*words: str) -> None:
-        lines = capfd.readouterr().err.splitlines()
-        assert len(lines) == bool(words), lines
-        for word in words:
-            assert lines[0].startswith("softgpu: ")
-            assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
-
-    capfd.readouterr()
-    return check
-
-
-@pytest.fixture
-def uncached() -> Iterator[None]:
-    """torch asks the runtime for every tensor, and gives it back at once."""
-    torch.cuda.caching_allocator_enable(False)
-    yield
-    torch.cuda.caching_allocator_enable(True)
-
-
-def memory(n: int = 1024) -> torch.Tensor:
-    return torch.zeros(n, dtype=torch.int32, device="cuda")
-
-
-class Handle:
-    """A stream or an event made by the runtime's own function."""
-
-    def __init__(self, kernels: Planted, function: str, *flags: object) -> None:
-        self.handle = ctypes.c_void_p()
-        assert kernels.call(function, ctypes.byref(self.handle), *flags) == OK
-
-    @property
-    def value(self) -> int:
-        return self.handle.value
-
-
-def new_stream(kernels: Planted, flags: int = NON_BLOCKING) -> int:
-    return Handle(kernels, "cudaStreamCreateWithFlags", flags).value
-
-
-def new_event(kernels: Planted) -> int:
-    return Handle(kernels, "cudaEventCreate").value
-
-
-# --- launches
 
 
 def test_a_launch_that_is_right_says_nothing(kernels, says):
@@ -239,256 +180,6 @@ def test_a_kernel_without_code_for_the_device(says, architectures, compress, rea
     says("fill(int*, int, int)", reason)
 
 
-# --- memory
-
-
-@pytest.mark.parametrize("words", [1, 100, 5000])
-def test_a_read_past_an_allocation(kernels, says, uncached, words):
-    """By a whole page it faults wherever the allocation lies."""
-    source, to = memory(words), memory(20000)
-    n = words + 1024
-    assert (
-        kernels.launch("copy", source, to, n, grid=(-(-n // 32), 1, 1)) == "cudaErrorLaunchFailure"
-    )
-    says(
-        "copy(int const*, int*, int)",
-        "invalid address 0x",
-        f"past an allocation of {4 * words} bytes",
-    )
-
-
-def test_a_write_past_an_allocation_by_one_element(kernels, says, uncached):
-    to = memory(100)
-    assert kernels.launch("fill", to, 101, 7, grid=(4, 1, 1)) == "cudaErrorLaunchFailure"
-    says("fill(int*, int, int)", "something was written", "0 bytes past an allocation of 400 bytes")
-
-
-def test_a_write_before_an_allocation_by_one_element(kernels, says, uncached):
-    to = memory(100)
-    before = ctypes.c_void_p(to.data_ptr() - 4)
-    assert kernels.launch("fill", before, 1, 7) == OK, "no argument points into an allocation"
-    to = None
-    says("cudaFree", "something was written", "4 bytes before an allocation of 400 bytes")
-
-
-def test_a_read_after_the_free(kernels, says, uncached):
-    source, to = memory(100), memory(100)
-    address = ctypes.c_void_p(source.data_ptr())
-    del source
-    assert kernels.launch("copy", address, to, 100, grid=(4, 1, 1)) == "cudaErrorLaunchFailure"
-    says("copy(int const*, int*, int)", "in an allocation of 400 bytes that was freed")
-
-
-def test_a_null_pointer(kernels, says):
-    assert kernels.launch("fill", ctypes.c_void_p(0), 1, 7) == "cudaErrorLaunchFailure"
-    says("fill(int*, int, int)", "invalid address 0")
-
-
-def test_fresh_memory_shows(kernels, uncached):
-    fresh = torch.empty(1000, device="cuda")
-    kernels.launch("copy", torch.empty(1000, device="cuda"), fresh, 1000, grid=(32, 1, 1))
-    assert fresh.isnan().all()
-
-
-def test_memory_is_freed_once(kernels, says):
-    allocated = Handle(kernels, "cudaMalloc", 100).value
-    assert kernels.call("cudaFree", allocated) == OK
-    says()
-    assert kernels.call("cudaFree", allocated) == "cudaErrorInvalidValue"
-    says("cudaFree of 0x", "which was freed before (100 bytes)")
-    assert kernels.call("cudaFree", allocated + 16) == "cudaErrorInvalidValue"
-    says("cudaFree of 0x", "which is no allocation")
-    assert kernels.call("cudaFree", 0) == OK
-
-
-def test_a_copy_past_an_allocation(kernels, says, uncached):
-    to, host = memory(100), torch.zeros(101, dtype=torch.int32)
-    size = ctypes.c_size_t(404)
-    error = kernels.call("cudaMemcpy", to.data_ptr(), host.data_ptr(), size, 1)
-    assert error == "cudaErrorInvalidValue"
-    says("cudaMemcpy of 404 bytes", "past the end of its allocation")
-    error = kernels.call("cudaMemsetAsync", to.data_ptr(), ctypes.c_int(0), size, 0)
-    assert error == "cudaErrorInvalidValue"
-    says("cudaMemsetAsync of 404 bytes")
-    address = to.data_ptr()
-    del to
-    error = kernels.call("cudaMemset", address, ctypes.c_int(0), ctypes.c_size_t(4))
-    assert error == "cudaErrorInvalidValue"
-    says("cudaMemset of 4 bytes", "that was freed")
-
-
-def test_memory_runs_out(kernels):
-    out = ctypes.c_void_p()
-    size = torch.cuda.get_device_properties(0).total_memory + 1
-    assert kernels.call("cudaMalloc", ctypes.byref(out), size) == "cudaErrorMemoryAllocation"
-    with pytest.raises(torch.OutOfMemoryError):
-        torch.empty(size, dtype=torch.uint8, device="cuda")
-
-
-# --- streams and events
-
-
-def test_a_destroyed_stream(kernels, says):
-    stream, event = new_stream(kernels), new_event(kernels)
-    assert kernels.call("cudaStreamDestroy", stream) == OK
-    says()
-    failing = [
-        lambda: kernels.launch("fill", memory(), 1, 1, stream=stream),
-        lambda: kernels.call("cudaStreamSynchronize", stream),
-        lambda: kernels.call("cudaEventRecord", event, stream),
-        lambda: kernels.call("cudaStreamWaitEvent", stream, event, 0),
-        lambda: kernels.call("cudaStreamDestroy", stream),
-    ]
-    for call in failing:
-        assert call() == "cudaErrorInvalidResourceHandle"
-        says("which was destroyed")
-
-
-def test_a_destroyed_event(kernels, says):
-    stream, event = new_stream(kernels), new_event(kernels)
-    assert kernels.call("cudaEventDestroy", event) == OK
-    for function, *args in (
-        ("cudaEventRecord", event, stream),
-        ("cudaStreamWaitEvent", stream, event, 0),
-        ("cudaEventSynchronize", event),
-        ("cudaEventQuery", event),
-        ("cudaEventDestroy", event),
-    ):
-        assert kernels.call(function, *args) == "cudaErrorInvalidResourceHandle"
-        says(f"{function} with an event that was destroyed")
-
-
-def test_the_time_of_an_event_that_was_not_recorded(kernels, says):
-    first, last = new_event(kernels), new_event(kernels)
-    ms = ctypes.c_float()
-    kernels.call("cudaEventRecord", first, new_stream(kernels))
-    error = kernels.call("cudaEventElapsedTime", ctypes.byref(ms), first, last)
-    assert error == "cudaErrorInvalidResourceHandle"
-    says("cudaEventElapsedTime of an event that was not recorded")
-
-
-# --- captures
-
-
-@pytest.fixture
-def capture(kernels) -> Iterator[Callable[[int], int]]:
-    """Begins a capture in a mode, and returns its stream; ends it at last."""
-    captured: list[int] = []
-
-    def begin(mode: int = GLOBAL) -> int:
-        captured.append(new_stream(kernels))
-        assert kernels.call("cudaStreamBeginCapture", captured[-1], mode) == OK
-        return captured[-1]
-
-    yield begin
-    graph = ctypes.c_void_p()
-    for stream in captured:
-        kernels.call("cudaStreamEndCapture", stream, ctypes.byref(graph))
-
-
-def end(kernels: Planted, stream: int) -> tuple[str, int | None]:
-    graph = ctypes.c_void_p()
-    return kernels.call("cudaStreamEndCapture", stream, ctypes.byref(graph)), graph.value
-
-
-@pytest.mark.parametrize(
-    "function", ["cudaDeviceSynchronize", "cudaMalloc", "cudaFree", "cudaMemcpy"]
-)
-def test_a_call_that_a_capture_does_not_allow(kernels, capture, says, function):
-    arguments = {
-        "cudaDeviceSynchronize": (),
-        "cudaMalloc": (ctypes.byref(ctypes.c_void_p()), 100),
-        "cudaFree": (0,),
-        "cudaMemcpy": (0, 0, 0, 0),
-    }[function]
-    stream = capture()
-    assert kernels.call(function, *arguments) == "cudaErrorStreamCaptureUnsupported"
-    says(f"{function} while a stream is captured")
-    assert end(kernels, stream) == ("cudaErrorStreamCaptureInvalidated", None)
-
-
-def test_a_wait_for_the_captured_stream(kernels, capture, says):
-    for function in ("cudaStreamSynchronize", "cudaStreamQuery"):
-        stream = capture(RELAXED)
-        assert kernels.call(function, stream) == "cudaErrorStreamCaptureUnsupported"
-        says(f"{function} while the stream is captured")
-        assert end(kernels, stream) == ("cudaErrorStreamCaptureInvalidated", None)
-
-
-def test_a_wait_for_a_captured_event(kernels, capture, says):
-    event = new_event(kernels)
-    for function in ("cudaEventSynchronize", "cudaEventQuery"):
-        stream = capture()
-        assert kernels.call("cudaEventRecord", event, stream) == OK
-        assert kernels.call(function, event) == "cudaErrorCapturedEvent"
-        says(f"{function} while the stream is captured")
-        assert end(kernels, stream) == ("cudaErrorStreamCaptureInvalidated", None)
-
-
-def test_work_of_the_default_stream_in_a_capture(kernels, capture, says):
-    """It would be missing in the graph."""
-    to, event = memory(), new_event(kernels)
-    stream = capture()
-    assert kernels.launch("fill", to, 1, 1, stream=0) == "cudaErrorStreamCaptureImplicit"
-    says("fill(int*, int, int) in the default stream while another stream is captured")
-    end(kernels, stream)
-    stream = capture()
-    kernels.call("cudaEventRecord", event, stream)
-    error = kernels.call("cudaStreamWaitEvent", 0, event, 0)
-    assert error == "cudaErrorStreamCaptureImplicit"
-    says("cudaStreamWaitEvent in the default stream for an event of a capture")
-    assert end(kernels, stream) == ("cudaErrorStreamCaptureInvalidated", None)
-
-
-def test_an_event_from_outside_of_a_capture(kernels, capture, says):
-    event = new_event(kernels)
-    kernels.call("cudaEventRecord", event, new_stream(kernels))
-    error = kernels.call("cudaStreamWaitEvent", capture(), event, 0)
-    assert error == "cudaErrorStreamCaptureIsolation"
-    says("in a capture for an event from outside of it")
-
-
-def test_a_branch_that_is_not_joined(kernels, capture, says):
-    def branch(join: bool) -> str:
-        origin, side = capture(), new_stream(kernels)
-        event, back = new_event(kernels), new_event(kernels)
-        kernels.call("cudaEventRecord", event, origin)
-        kernels.call("cudaStreamWaitEvent", side, event, 0)
-        kernels.launch("fill", to, 1024, 3, grid=(32, 1, 1), stream=side)
-        if join:
-            kernels.call("cudaEventRecord", back, side)
-            kernels.call("cudaStreamWaitEvent", origin, back, 0)
-        return end(kernels, origin)[0]
-
-    to = memory()
-    assert branch(join=True) == OK
-    says()
-    assert branch(join=False) == "cudaErrorStreamCaptureUnjoined"
-    says("its first stream does not wait for")
-
-
-def test_a_capture_of_the_default_stream(kernels, says):
-    error = kernels.call("cudaStreamBeginCapture", 0, GLOBAL)
-    assert error == "cudaErrorStreamCaptureUnsupported"
-    says("capture of the default stream")
-
-
-def test_a_graph_runs_what_was_captured_when_it_is_launched(kernels, capture):
-    to = memory()
-    stream = capture()
-    kernels.launch("fill", to, 1024, 3, grid=(32, 1, 1), stream=stream)
-    error, graph = end(kernels, stream)
-    assert error == OK
-    assert to.eq(0).all()
-    exec_ = ctypes.c_void_p()
-    kernels.call("cudaGraphInstantiate", ctypes.byref(exec_), graph, ctypes.c_ulonglong(0))
-    kernels.call("cudaGraphLaunch", exec_, stream)
-    assert to.eq(3).all()
-
-
-# --- the runtime itself
-
-
 def test_a_function_that_is_not_written_says_its_name(kernels, says):
     assert kernels.call("cudaMallocManaged", 0, 0, 0) == "cudaErrorNotSupported"
     says("the software GPU does not provide cudaMallocManaged")
@@ -514,9 +205,6 @@ def test_torch_raises_what_the_runtime_says(kernels, says):
     ):
         stream.synchronize()
     says("cudaStreamSynchronize while the stream is captured")
-
-
-# --- two devices, in a process that has them
 
 
 def test_two_devices():

@@ -8,16 +8,9 @@ import planted
 import pytest
 import softgpu_ops
 import torch
-from cases import (
-    EXPERT_MLP,
-    GROUPED_MM,
-    NORM_TOPK,
-    ROUTER_LOGITS,
-    SPECS,
-    UNPERMUTE_WEIGHTED,
-    Case,
-)
+from cases import Case
 from softgpu_ops import DTYPES, Step, check_same, quiet_calls
+from specs import EXPERT_MLP, GROUPED_MM, NORM_TOPK, ROUTER_LOGITS, SPECS, UNPERMUTE_WEIGHTED
 
 if softgpu_ops.softgpu:
     import softgpu

@@ -9,9 +9,10 @@ import planted
 import pytest
 import softgpu_ops
 import torch
-from cases import GROUPED_MM, ROUTER_LOGITS, SPECS, Case
+from cases import Case
 from planted import Planted
 from softgpu_ops import DTYPES, Step, check_same
+from specs import GROUPED_MM, ROUTER_LOGITS, SPECS
 
 if softgpu_ops.softgpu:
     import softgpu
@@ -60,11 +61,6 @@ def test_ops_stay_inside_of_their_tensors(spec, case, dtype, where):
 
 
 # --- what the test above relies on, by planted faults
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Planted:
-    return Planted(planted.build())
 
 
 @pytest.fixture(params=[1, 7, 64, 1000], ids=lambda n: f"{n}_elements")

@@ -8,9 +8,9 @@ import planted
 import pytest
 import softgpu_ops
 import torch
-from cases import SPECS, Case, to_device
-from planted import Planted
+from cases import Case
 from softgpu_ops import Step
+from specs import SPECS, to_device
 
 from unipool import ops
 
@@ -23,11 +23,6 @@ pytestmark = [
 ]
 
 OK = "cudaSuccess"
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Planted:
-    return Planted(planted.build())
 
 
 def memory(device: int) -> torch.Tensor:

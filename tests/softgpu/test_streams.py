@@ -16,11 +16,6 @@ if softgpu_ops.softgpu:
 pytestmark = planted.needs_softgpu
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Planted:
-    return Planted(planted.build())
-
-
 @pytest.fixture
 def streams() -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     torch.cuda.synchronize()

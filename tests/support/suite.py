@@ -3,7 +3,8 @@
 float64 oracle."""
 
 import torch
-from cases import BY_NAME, Case, OpSpec, oracle, plan, run, to_device
+from cases import BY_NAME, Case, plan
+from specs import OpSpec, oracle, run, to_device
 from tolerance import check_results
 
 from unipool import ops

@@ -28,7 +28,8 @@ cancels from. Integers must be equal. A missing gradient is a failure.
 """
 
 import torch
-from cases import Case, OpSpec, Tolerance, acc_dtype
+from cases import Case, acc_dtype
+from specs import OpSpec, Tolerance
 from torch import Tensor
 
 PER_ROW = 4.0
@@ -102,7 +103,7 @@ def check_results(
     expected: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """All results and gradients of an op (as cases.run gives them) against cases.oracle."""
+    """All results and gradients of an op (as specs.run gives them) against specs.oracle."""
     tolerances = spec.tolerances(case)
     assert actual.keys() == expected.keys()
     for name, want in expected.items():

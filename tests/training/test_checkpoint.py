@@ -57,7 +57,7 @@ def test_failing_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "_sync_path", full)
+    monkeypatch.setattr(files, "sync_path", full)
     with pytest.raises(OSError, match="No space"), complete_folder(tmp_path / "step-1") as folder:
         (folder / "weights.bin").write_bytes(b"new")
     assert (tmp_path / "step-1" / "weights.bin").read_bytes() == before

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 16  # columns of a weight matrix that are converted to float64 at a time
+CHUNK = 1 << 16  # columns of a weight matrix that are converted to float64 at a time
 
 
 def expert_load(experts: Tensor, num_experts: int) -> Tensor:
@@ -125,8 +125,8 @@ def weight_similarity(*weights: Tensor) -> Tensor:
     gram = torch.zeros(count, count, dtype=torch.float64)
     for weight in weights:
         rows = weight.detach().reshape(count, -1)
-        for start in range(0, rows.shape[1], _CHUNK):
-            part = rows[:, start : start + _CHUNK].double()
+        for start in range(0, rows.shape[1], CHUNK):
+            part = rows[:, start : start + CHUNK].double()
             gram += (part @ part.T).cpu()
     norm = gram.diagonal().sqrt()
     scale = norm[:, None] * norm

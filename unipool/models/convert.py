@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from .configuration_unipool import BALANCES, UniPoolConfig
-from .modeling_unipool import UniPoolForCausalLM, _balanced_layers
+from .modeling_unipool import UniPoolForCausalLM, balanced_layers
 
 # Why models whose experts have our layout still are no UniPool model.
 _NO_COUNTERPART = {
@@ -316,7 +316,7 @@ def _fractions_by_pool(model: UniPoolForCausalLM, kind: str) -> list[tuple[Tenso
     with kind = "layer" each stays a loss of its own.
     """
     config = model.config
-    groups = _balanced_layers(config) if kind != "none" else []
+    groups = balanced_layers(config) if kind != "none" else []
     return [
         (
             balancer.fraction,
@@ -331,9 +331,9 @@ def _private_fractions(
     model: UniPoolForCausalLM, config: UniPoolConfig, seen: list[list[int]]
 ) -> list[Tensor]:
     """Fractions for the balance losses of `config`, from those that covered their layers."""
-    groups = _balanced_layers(model.config)
+    groups = balanced_layers(model.config)
     fractions = []
-    for layers in _balanced_layers(config):
+    for layers in balanced_layers(config):
         index = next(i for i, group in enumerate(groups) if layers[0] in group)
         share = len(groups[index]) / len(layers)
         fractions.append(model.model.balancers[index].fraction[seen[layers[0]]] * share)

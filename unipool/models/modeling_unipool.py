@@ -185,7 +185,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
             self.router_cell = nn.GRUCell(config.router_state_size, config.router_state_size)
         self.balancers = nn.ModuleList(
             PoolBalancer(config.num_experts, config.balance_coefficient, config.balance_delay)
-            for _ in _balanced_layers(config)
+            for _ in balanced_layers(config)
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
@@ -260,7 +260,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
         micro-batch, after everything that may fail, and never inside a checkpointed region.
         """
         loss = routings[0].importance.new_zeros(())
-        for balancer, layers in zip(self.balancers, _balanced_layers(self.config), strict=True):
+        for balancer, layers in zip(self.balancers, balanced_layers(self.config), strict=True):
             loss = loss + balancer(
                 [routings[index] for index in layers], self.config.num_experts_per_tok
             )
@@ -353,7 +353,7 @@ def _make_router(config: UniPoolConfig, layer: int) -> NormRouter | SoftmaxRoute
     return SoftmaxRouter(*sizes, renormalize=config.norm_topk_prob)
 
 
-def _balanced_layers(config: UniPoolConfig) -> list[list[int]]:
+def balanced_layers(config: UniPoolConfig) -> list[list[int]]:
     """Layers that share a balance loss, one list for each loss."""
     layers = range(config.num_hidden_layers)
     if config.balance == "none":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.router import norm_router_calibration
 from .configuration_unipool import UniPoolConfig
-from .modeling_unipool import UniPoolForCausalLM, _balanced_layers
+from .modeling_unipool import UniPoolForCausalLM, balanced_layers
 from .resize_plan import PoolPlan
 from .subset import ExpertSubset
 
@@ -223,7 +223,7 @@ def _layer_loads(model: UniPoolForCausalLM, load: Tensor | None) -> Tensor:
     shape = (config.num_hidden_layers, config.num_experts)
     if load is None:
         loads = torch.zeros(shape, dtype=torch.float64)
-        for balancer, layers in zip(model.model.balancers, _balanced_layers(config), strict=True):
+        for balancer, layers in zip(model.model.balancers, balanced_layers(config), strict=True):
             loads[layers] = _spread(balancer.fraction, visible[layers]) * len(layers)
         if not loads.any():
             raise ValueError(
@@ -339,7 +339,7 @@ def _rows(value: Tensor, index: Tensor) -> Tensor:
 def _fractions(model: UniPoolForCausalLM, pools: list[PoolPlan]) -> list[Tensor]:
     """The balance state for the plans of the pools; reads the model before it is changed."""
     config, fractions = model.config, []
-    for balancer, layers in zip(model.model.balancers, _balanced_layers(config), strict=True):
+    for balancer, layers in zip(model.model.balancers, balanced_layers(config), strict=True):
         old = balancer.fraction
         pool = pools[config.pool_index(layers[0])]
         new = old.new_zeros(len(pool.origin))

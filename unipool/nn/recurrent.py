@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unipool.nn.router import _check_sizes, new_scale, norm_router_calibration, wide_logits
+from unipool.nn.router import check_sizes, new_scale, norm_router_calibration, wide_logits
 from unipool.ops import Routing, norm_topk, softmax_topk
 
 SCORINGS = ("softmax", "norm")
@@ -66,7 +66,7 @@ class RecurrentRouter(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        _check_sizes("RecurrentRouter", d_model, num_experts, top_k)
+        check_sizes("RecurrentRouter", d_model, num_experts, top_k)
         if d_state < 1:
             raise ValueError(f"RecurrentRouter: d_state must be at least 1, got {d_state}")
         if scoring not in SCORINGS:

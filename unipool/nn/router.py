@@ -39,7 +39,7 @@ def norm_router_calibration(num_experts: int, top_k: int) -> float:
     return total / count
 
 
-def _check_sizes(name: str, d_model: int, num_experts: int, top_k: int) -> None:
+def check_sizes(name: str, d_model: int, num_experts: int, top_k: int) -> None:
     if d_model < 1:
         raise ValueError(f"{name}: d_model must be at least 1, got {d_model}")
     if num_experts < 1:
@@ -79,7 +79,7 @@ class _Router(nn.Module):
     """The part that routers share: the projection [M, D] and its initialisation."""
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, device=None, dtype=None) -> None:
-        _check_sizes(type(self).__name__, d_model, num_experts, top_k)
+        check_sizes(type(self).__name__, d_model, num_experts, top_k)
         super().__init__()
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=dtype))

@@ -31,7 +31,7 @@ from unipool.training.run import RunResult, run_training
 LAYERS = 4
 EXPERTS_A_LAYER = 8  # of the layer-private model
 PROMPT = "def "
-_SHAPE = {
+SHAPE = {
     "scale": "tiny",
     "d_model": 128,
     "d_ff": 256,
@@ -41,7 +41,7 @@ _SHAPE = {
     # NormRouter score of zero for every expert: the router's weights turn negative together.
     "init_std": 0.05,
 }
-_TRAINING = {
+TRAINING = {
     "seq_len": 256,
     "batch_size": 8,
     "lr": 2e-3,
@@ -82,7 +82,7 @@ def demo_configs(config: DemoConfig) -> dict[str, TrainConfig]:
         "shared-pool": {"form": "unipool", "pool_size": total},
         "half-pool": {"form": "unipool", "pool_size": total // 2},
     }
-    common = _SHAPE | _TRAINING | {"seed": config.seed, "device": config.device}
+    common = SHAPE | TRAINING | {"seed": config.seed, "device": config.device}
     common["steps"] = config.steps or STEPS
     return {
         name: TrainConfig(**common, **form, out=str(config.out / name))
