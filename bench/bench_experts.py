@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Levels L0 and L1: the expert products one by one, and one layer forward and backward.
 
-    python bench/bench_experts.py [--device cuda] [--json FILE] [--runs N] [--rehearse]
+    python bench/bench_experts.py [--device cuda] [--json FILE] [--routing R] [--rehearse]
     python bench/bench_experts.py --once SHAPE      each product once, for a profiler
 
 L0 times the raw ops of a layer; its floor is max(FLOPs / 989 TFLOP/s, bytes / 3.35 TB/s) of an H100
 by datasheet, whatever GPU runs it. L1 times a layer with its gradients against torch's grouped_mm
 with compiled glue (eager without triton), an eager loop over experts, and dense matmuls of equal
 FLOPs as the bound; its floor is the sum of the passes'. Every way's output and gradients are
-compared, at full size, before anything is timed. The routing is uniform and given; operands are
-bfloat16. --device cpu and --rehearse run everything on a small shape.
+compared, at full size, before anything is timed. The routing is given: skewed, or --routing;
+operands are bfloat16. --device cpu and --rehearse run everything on a small shape.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tile_efficiency
 import torch
+import workloads
 from bench_ops import grouped_mm_layer
 from harness import (
     Timing,
@@ -29,18 +30,19 @@ from harness import (
     require_device,
     write_json,
 )
-from tile_efficiency import Product, Shape, as_pass, floor_of, layer_products, wgrad_products
+from tile_efficiency import Product, as_pass, floor_of, layer_products, wgrad_products
 from torch import Tensor
 from torch.nn import functional as F
+from workloads import ROUTINGS, SKEWED, Workload
 
 from unipool import ops
 
 SHAPES = [
-    Shape("182m", 131072, 768, 3072, 96),
-    Shape("830m", 8192, 1024, 4096, 384),
-    Shape("SonicMoE 7B", 24576, 1536, 256, 128, 8),
+    workloads.scale("182m", 131072, layers=1),
+    workloads.scale("830m", 8192, layers=1),
+    workloads.named("SonicMoE 7B, k 8"),
 ]
-SMALL = Shape("small", 96, 32, 48, 6, 2)
+SMALL = workloads.named("ci pool")
 BOUND = 2e-2  # relative, of bfloat16 results that are rounded at other places
 # Least share of the floor, of a pass at a shape.
 FLOORS = {("182m", "forward"): 0.55, ("830m", "forward"): 0.70}
@@ -49,7 +51,7 @@ PARAMETERS = ("y", "x", "weights", "gate_up", "down")
 Layer = Callable[[Tensor, ops.Routing, Tensor, Tensor], Tensor]
 
 
-def make_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
+def make_inputs(shape: Workload, device: str, routing: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     options = {"device": device, "dtype": torch.bfloat16}
     T, D, width, M = shape.tokens, shape.d_model, shape.d_ff, shape.experts
@@ -58,7 +60,7 @@ def make_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
         "weights": torch.rand(T, shape.top_k, device=device) + 0.5,
         "gate_up": torch.randn(M, 2 * width, D, **options).mul_(D**-0.5),
         "down": torch.randn(M, D, width, **options).mul_(width**-0.5),
-        "experts": torch.rand(T, M, device=device).topk(shape.top_k).indices.int(),
+        "experts": workloads.draw_ids(shape, routing, torch.Generator().manual_seed(0), device),
         "grad": torch.randn(T, D, **options),
     }
 
@@ -66,7 +68,7 @@ def make_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
 # --- L0
 
 
-def raw_calls(shape: Shape, i: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+def raw_calls(shape: Workload, i: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
     """Name of a pass -> a call of its op; wgrad is both products."""
     raw = torch.ops.unipool
     plan = raw.dispatch_plan([i["experts"]], shape.experts)
@@ -89,7 +91,7 @@ def raw_calls(shape: Shape, i: dict[str, Tensor]) -> dict[str, Callable[[], obje
     }
 
 
-def products_of(shape: Shape, counts: Tensor) -> dict[str, list[Product]]:
+def products_of(shape: Workload, counts: Tensor) -> dict[str, list[Product]]:
     """By pass."""
     up, down, hidden_bwd, input_bwd = layer_products(shape, counts)
     return {
@@ -109,7 +111,7 @@ def _milliseconds(seconds: float | None) -> str:
     return "unknown" if seconds is None else f"{1e3 * seconds:.3f} ms"
 
 
-def judge(shape: Shape, name: str, share: float) -> str:
+def judge(shape: Workload, name: str, share: float) -> str:
     """pass, short, or - where no floor is set."""
     wanted = FLOORS.get((shape.name, name))
     if wanted is None:
@@ -117,7 +119,7 @@ def judge(shape: Shape, name: str, share: float) -> str:
     return "pass" if share >= wanted else "short"
 
 
-def bench_products(shape: Shape, i: dict[str, Tensor], runs: int, device: str) -> list[dict]:
+def bench_products(shape: Workload, i: dict[str, Tensor], runs: int, device: str) -> list[dict]:
     counts = i["experts"].flatten().bincount(minlength=shape.experts).cpu()
     products = products_of(shape, counts)
     expect = as_pass if tile_efficiency.TILES else floor_of  # the tiles are known to the extension
@@ -158,7 +160,7 @@ def eager_loop(x: Tensor, routing: ops.Routing, gate_up: Tensor, down: Tensor) -
     return y.to(x.dtype)
 
 
-def dense(shape: Shape, device: str) -> Callable[[], None]:
+def dense(shape: Workload, device: str) -> Callable[[], None]:
     """Matmuls of the layer's FLOPs, forward and both gradients: x [T k, D] x [D, 3F] each."""
     options = {"device": device, "dtype": torch.bfloat16}
     x = torch.randn(shape.rows, shape.d_model, **options)
@@ -206,7 +208,7 @@ def bench_layer(ways: dict[str, Callable], floor: float, runs: int, device: str)
     return [asdict(t) | {"floor_seconds": floor} for t in timings]
 
 
-def layer_ways(shape: Shape, i: dict[str, Tensor], device: str, compiler: str) -> dict:
+def layer_ways(shape: Workload, i: dict[str, Tensor], device: str, compiler: str) -> dict:
     """Name -> a step. All but the last have been compared."""
     compiled = torch.compile(grouped_mm_layer, backend=compiler, dynamic=False)
     glue = "compiled" if compiler == "inductor" else "eager"
@@ -220,22 +222,24 @@ def layer_ways(shape: Shape, i: dict[str, Tensor], device: str, compiler: str) -
     return ways | {"dense matmul, equal FLOPs": dense(shape, device)}
 
 
-def bench(shape: Shape, runs: int, device: str, compiler: str = "inductor") -> dict:
+def bench(
+    shape: Workload, runs: int, device: str, compiler: str = "inductor", routing: str = SKEWED
+) -> dict:
     print(f"\n{shape.name}  T={shape.tokens} D={shape.d_model} F={shape.d_ff} M={shape.experts} "
-          f"k={shape.top_k}")  # fmt: skip
-    inputs = make_inputs(shape, device)
+          f"k={shape.top_k}, {routing} routing")  # fmt: skip
+    inputs = make_inputs(shape, device, routing)
     with torch.no_grad():
         products = bench_products(shape, inputs, runs, device)
     floor = sum(passed["floor_seconds"] for passed in products)
     ways = layer_ways(shape, inputs, device, compiler)
     layer = bench_layer(ways, floor, min(runs, 20), device)
-    return {**vars(shape), "products": products, "layer": layer}
+    return {**asdict(shape), "routing": routing, "products": products, "layer": layer}
 
 
-def run_once(shape: Shape) -> None:
+def run_once(shape: Workload) -> None:
     """Each product once, for a profiler to look at."""
     with torch.no_grad():
-        for way in raw_calls(shape, make_inputs(shape, "cuda")).values():
+        for way in raw_calls(shape, make_inputs(shape, "cuda", SKEWED)).values():
             way()
     torch.cuda.synchronize()
 
@@ -245,6 +249,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--runs", type=int, default=50, help="counted runs of a call")
+    parser.add_argument("--routing", default=SKEWED, choices=ROUTINGS, help="[%(default)s]")
     parser.add_argument("--rehearse", action="store_true", help="a small shape, two runs")
     parser.add_argument("--once", choices=[shape.name for shape in SHAPES], help="time nothing")
     arguments = parser.parse_args()
@@ -259,7 +264,7 @@ def main() -> None:
         print(torch.cuda.get_device_name())
     results: list[dict] = []
     for shape in [SMALL] if small else SHAPES:
-        results.append(bench(shape, runs, arguments.device, compiler))
+        results.append(bench(shape, runs, arguments.device, compiler, arguments.routing))
         if arguments.json:
             write_json(arguments.json, results)
     short = [p for r in results for p in r["products"] if p["verdict"] == "short"]

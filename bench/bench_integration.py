@@ -9,12 +9,11 @@ weights, the same in all ways. Two cases: a training step, forward and backward 
 and decoding, forward over a few. batched_mm copies the weights of every token's experts, so it is
 in the second only, where transformers itself prefers it on GPUs. All ways are compared with eager
 before anything is timed. The floor of a pass is max(FLOPs / matmul rate, bytes / bandwidth), rates
-measured in turn with the ways; bytes: the experts that the tokens can reach, and the tokens.
+measured in turn with the ways; bytes: ops.costs, with the experts that the tokens can reach.
 """
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,39 +22,21 @@ from harness import Timing, as_result, interleave, require_close, require_device
 from pool_step import Rates, rate_ways, rates_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from workloads import Workload, named
 
 import unipool.integrations.transformers as integration
+from unipool.ops import costs
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 5e-3}
 TRAIN = (integration.NAME, "eager", "grouped_mm")
 DECODE = (*TRAIN, "batched_mm")
 
 
-@dataclass(frozen=True)
-class Shape:
-    d_model: int
-    d_ff: int
-    experts: int
-    top_k: int
-
-
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 # full: Mixtral 8x7B, Qwen3-30B-A3B, OLMoE 1B-7B.
 SHAPES = {
-    "small": {
-        "mixtral": Shape(256, 1024, 8, 2),
-        "qwen3_moe": Shape(512, 192, 64, 8),
-        "olmoe": Shape(512, 256, 32, 8),
-    },
-    "full": {
-        "mixtral": Shape(4096, 14336, 8, 2),
-        "qwen3_moe": Shape(2048, 768, 128, 8),
-        "olmoe": Shape(2048, 1024, 64, 8),
-    },
-    "tiny": {
-        "mixtral": Shape(32, 64, 4, 2),
-        "qwen3_moe": Shape(32, 24, 8, 4),
-        "olmoe": Shape(32, 24, 8, 4),
-    },
+    widths: {family: named(f"{family} {widths}") for family in FAMILIES}
+    for widths in ("small", "full", "tiny")
 }
 WIDTH_NAMES = {  # of F and M, which differ between the configurations
     "mixtral": ("intermediate_size", "num_local_experts"),
@@ -64,7 +45,9 @@ WIDTH_NAMES = {  # of F and M, which differ between the configurations
 }
 
 
-def make_model(name: str, shape: Shape, layers: int, dtype: torch.dtype, device: str) -> nn.Module:
+def make_model(
+    name: str, shape: Workload, layers: int, dtype: torch.dtype, device: str
+) -> nn.Module:
     d_ff_name, experts_name = WIDTH_NAMES[name]
     config = transformers.AutoConfig.for_model(
         name,
@@ -144,12 +127,17 @@ def decoding_ways(stack: Blocks, x: Tensor) -> dict[str, Callable[[], dict[str, 
     return make_ways(stack, DECODE, run)
 
 
-def floor_seconds(shape: Shape, tokens: int, passes: int, itemsize: int, rates: Rates) -> float:
-    """Of one block; passes: 3 with both gradients, else 1."""
-    flops = 6.0 * tokens * shape.top_k * shape.d_model * shape.d_ff
+def floor_seconds(
+    shape: Workload, tokens: int, training: bool, itemsize: int, rates: Rates
+) -> float:
+    """Of one block, with both gradients in training. A few tokens reach a few experts only."""
     reached = min(shape.experts, tokens * shape.top_k)
-    numbers = 3 * shape.d_model * shape.d_ff * reached + 2 * tokens * shape.d_model
-    return passes * max(flops / rates.matmul, itemsize * numbers / rates.read)
+    sizes = (tokens, shape.top_k, shape.d_model, shape.d_ff)
+    passes = [costs.expert_mlp(*sizes, reached, itemsize, keep=training)]
+    if training:
+        passes.append(costs.expert_mlp_bwd(*sizes, reached, itemsize))
+        passes.append(costs.expert_wgrad(*sizes, shape.experts, itemsize))
+    return sum(cost.seconds(rates.matmul, rates.read) for cost in passes)
 
 
 def report(case: dict, timings: list[Timing], floor: float) -> dict:
@@ -176,11 +164,12 @@ def bench(name: str, dtype_name: str, arguments: argparse.Namespace) -> list[dic
         check(f"{name} {what} {dtype_name}", stack, ways, BOUNDS[dtype_name])
         bounds = rate_ways(dtype, device)
         timings = interleave(ways | bounds, warmup=1, runs=runs, device=device)
-        passes = 3 if what == "training step" else 1
+        training = what == "training step"
         rates = rates_of(timings, device)
-        floor = arguments.layers * floor_seconds(shape, tokens, passes, dtype.itemsize, rates)
+        floor = arguments.layers * floor_seconds(shape, tokens, training, dtype.itemsize, rates)
         timings = [t for t in timings if t.name in ways]
-        case = {"case": f"{name} {what}", "dtype": dtype_name, "T": tokens, **asdict(shape)}
+        case = {"case": f"{name} {what}", "dtype": dtype_name, "T": tokens}
+        case |= {n: getattr(shape, n) for n in ("d_model", "d_ff", "experts", "top_k")}
         case |= {"layers": arguments.layers, "transformers": transformers.__version__}
         case["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         results.append(report(case, timings, floor))

@@ -5,10 +5,11 @@
 
 CUDA events around one call, L2 flushed before each by reading 256 MB, medians [p10, p90], each
 call in turn with a copy of its bytes. Bytes by construction are what the kernels move to and from
-DRAM if nothing but the reuse named in docs/kernels.md hits a cache; GB/s and the share of the copy
-refer to them. Necessary bytes are those that any implementation has to move: over the bandwidth of
-a large copy, measured here, they are the floor. Every op is compared with the CPU, at fewer tokens,
-before anything is timed. --rehearse takes few tokens and runs, to show that the program works.
+DRAM if nothing but the reuse named in docs/cuda-kernels.md hits a cache; GB/s and the share of the
+copy refer to them. Necessary bytes are those that any implementation has to move: over the
+bandwidth of a large copy, measured here, they are the floor. Every op is compared with the CPU, at
+fewer tokens, before anything is timed. --rehearse takes few tokens and runs, to show that the
+program works.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from harness import interleave_on_gpu, require_close, require_device, write_json
 from torch import Tensor
+
+from unipool.ops import costs
 
 TOKENS, WIDTH, CHECK_TOKENS = 65536, 1024, 512
 WARM_UPS, COPY_BYTES = 10, 2**30
@@ -36,47 +39,40 @@ class Traffic:
     moved: int
 
 
-# --- bytes, by the formulas of docs/kernels.md; logits float32, rows bfloat16
+# --- bytes; logits float32, rows bfloat16. Necessary: ops.costs. Moved: by docs/cuda-kernels.md.
 
 
 def topk_bytes(tokens: int, experts: int, top_k: int) -> Traffic:
-    """Logits in; weights and ids of the slots, load and importance out. Moved: partial sums too."""
-    necessary = 4 * tokens * experts + 8 * tokens * top_k + 8 * experts
+    """Moved: partial sums too."""
+    necessary = int(costs.topk(tokens, experts, top_k).bytes)
     return Traffic(necessary, necessary + 2 * 8 * ROUTER_BLOCKS * experts)
 
 
 def topk_bwd_bytes(tokens: int, experts: int, top_k: int) -> Traffic:
-    """Logits, ids, both gradients in; gradient of the logits out."""
-    necessary = 8 * tokens * experts + 8 * tokens * top_k + 4 * experts
+    necessary = int(costs.topk_bwd(tokens, experts, top_k).bytes)
     return Traffic(necessary, necessary)
 
 
 def plan_bytes(slots: int, experts: int) -> Traffic:
-    """Ids in, order, inverse and offsets out. Moved: ids twice, and the blocks' counts written
-    twice and read twice from DRAM."""
+    """Moved: ids twice, and the blocks' counts written twice and read twice from DRAM."""
     blocks = min(max(-(-slots // PLAN_SPAN), 1), PLAN_BLOCKS)
-    necessary = 12 * slots + 4 * (experts + 1)
+    necessary = int(costs.dispatch_plan(slots, experts).bytes)
     return Traffic(necessary, necessary + 4 * slots + 4 * 4 * blocks * experts)
 
 
 def permute_bytes(tokens: int, top_k: int, width: int) -> Traffic:
     """Moved: a token's row is read once for each of its copies."""
-    slots = tokens * top_k
-    out = 2 * slots * width + 4 * slots
-    return Traffic(2 * tokens * width + out, 2 * slots * width + out)
+    necessary = int(costs.permute(tokens, top_k, width, 2).bytes)
+    return Traffic(necessary, necessary + 2 * tokens * (top_k - 1) * width)
 
 
 def unpermute_bytes(tokens: int, top_k: int, width: int) -> Traffic:
-    """Rows, inverse and weights in; tokens out."""
-    slots = tokens * top_k
-    necessary = 2 * slots * width + 2 * tokens * width + 8 * slots
+    necessary = int(costs.unpermute(tokens, top_k, width, 2).bytes)
     return Traffic(necessary, necessary)
 
 
 def unpermute_bwd_bytes(tokens: int, top_k: int, width: int) -> Traffic:
-    """Tokens' gradient, rows, order, inverse, weights in; gradients of rows and weights out."""
-    slots = tokens * top_k
-    necessary = 2 * tokens * width + 2 * 2 * slots * width + 16 * slots
+    necessary = int(costs.unpermute_bwd(tokens, top_k, width, 2).bytes)
     return Traffic(necessary, necessary)
 
 

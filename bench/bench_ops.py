@@ -15,11 +15,13 @@ import torch
 from harness import as_result, interleave, require_close, write_json
 from torch import Tensor
 from torch.nn import functional as F
+from workloads import named
 
 from unipool.nn.router import norm_router_calibration
 from unipool.ops import Routing, expert_mlp, norm_topk
 
-T, D, FF, M, K = 2048, 256, 1024, 96, 1
+W = named("cpu")
+T, D, FF, M, K = W.tokens, W.d_model, W.d_ff, W.experts, W.top_k
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -36,54 +36,21 @@ from harness import (
 from rehearsal import is_rehearsal
 from torch import Tensor, nn
 from torch.nn import functional as F
+from workloads import Workload, named
 
 from unipool.nn import ExpertPool, NormRouter, pooled_moe
 from unipool.nn.pool_pass import WEIGHT_GRADS
-from unipool.ops import Routing
+from unipool.ops import Routing, costs
 
+CPU = named("cpu")
 BOUNDS = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 5e-3}
-
-
-@dataclass(frozen=True)
-class Shape:
-    layers: int
-    tokens: int
-    d_model: int
-    d_ff: int
-    experts: int
-    top_k: int
-
-    @property
-    def pass_flops(self) -> float:
-        """Of one layer's forward, input gradient or weight gradient."""
-        return 6.0 * self.tokens * self.top_k * self.d_model * self.d_ff
-
-    @property
-    def router_flops(self) -> float:
-        """Of one layer's logits, forward and both gradients."""
-        return 6.0 * self.tokens * self.d_model * self.experts
-
-    @property
-    def pool_parameters(self) -> int:
-        return 3 * self.d_model * self.d_ff * self.experts
-
-    def pass_bytes(self, itemsize: int) -> dict[str, float]:
-        """Of one layer's forward and input gradient, and of all layers' weight gradient."""
-        T, D, F_, k = self.tokens, self.d_model, self.d_ff, self.top_k
-        rows = itemsize * (2 * T * D + 2 * T * k * D * (k > 1))
-        weights = itemsize * self.pool_parameters
-        return {
-            "forward": weights + rows + itemsize * 4 * T * k * F_,
-            "dgrad": weights + rows + itemsize * 7 * T * k * F_,
-            "wgrad": weights + self.layers * itemsize * (2 * T * D + 3 * T * k * F_),
-        }
 
 
 class PoolStep(nn.Module):
     """The layers. chained: each reads its predecessor's output, as in a model; otherwise all read
     the model's input, so that a rounding difference cannot change a later layer's routing."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, shape: Workload, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         options = {"dtype": dtype, "device": device}
         self.shape = shape
@@ -215,7 +182,7 @@ def rates_of(timings: list[Timing], device: str) -> Rates:
     return Rates(**{t.name: amounts[t.name] / t.median for t in timings if t.name in amounts})
 
 
-def dense(shape: Shape, dtype: torch.dtype, device: str) -> Callable[[], None]:
+def dense(shape: Workload, dtype: torch.dtype, device: str) -> Callable[[], None]:
     """Dense matmuls of the step's FLOPs: three passes of x [T k, D] x [D, 3F] a layer."""
     rows = shape.tokens * shape.top_k
     x = torch.randn(rows, shape.d_model, device=device).to(dtype)
@@ -249,17 +216,21 @@ def make_ways(model: PoolStep, x: Tensor, grad: Tensor, peers: list[str]) -> dic
     return ways
 
 
-def floor_seconds(shape: Shape, itemsize: int, rates: Rates) -> float:
-    traffic = shape.pass_bytes(itemsize)
-    flops = shape.pass_flops
-    per_layer = shape.router_flops / rates.float32_matmul + sum(
-        max(flops / rates.matmul, traffic[p] / rates.read) for p in ("forward", "dgrad")
-    )
-    wgrad = max(shape.layers * flops / rates.matmul, traffic["wgrad"] / rates.read)
-    return shape.layers * per_layer + wgrad
+def floor_seconds(shape: Workload, itemsize: int, rates: Rates) -> float:
+    """A layer's forward, input gradients and router (float32), and one weight gradient for all."""
+    T, k, D, F_, M = shape.tokens, shape.top_k, shape.d_model, shape.d_ff, shape.experts
+    passes = [
+        costs.expert_mlp(T, k, D, F_, M, itemsize),
+        costs.expert_mlp_bwd(T, k, D, F_, M, itemsize),
+    ]
+    router = costs.router_logits(T, D, M, 4) + costs.router_logits_bwd(T, D, M, 4)
+    per_layer = router.flops / rates.float32_matmul
+    per_layer += sum(cost.seconds(rates.matmul, rates.read) for cost in passes)
+    wgrad = costs.expert_wgrad(T, k, D, F_, M, itemsize, shape.layers)
+    return shape.layers * per_layer + wgrad.seconds(rates.matmul, rates.read)
 
 
-def bench(shape: Shape, dtype_name: str, arguments: argparse.Namespace) -> dict:
+def bench(shape: Workload, dtype_name: str, arguments: argparse.Namespace) -> dict:
     device, dtype = arguments.device, getattr(torch, dtype_name)
     torch.manual_seed(0)
     model = PoolStep(shape, dtype, device)
@@ -295,7 +266,7 @@ def check(ways: dict[str, Callable], dtype_name: str) -> None:
 
 
 def report(
-    shape: Shape,
+    shape: Workload,
     dtype_name: str,
     timings: list[Timing],
     peaks: dict[str, float],
@@ -315,7 +286,8 @@ def report(
         print(
             f"  {t}  {t.median / ours.median:6.2f}x ours {t.median / floor:6.2f}x floor  {peak}",
         )
-    case = {"case": "pool step", "dtype": dtype_name, **vars(shape)}
+    sizes = {n: v for n, v in asdict(shape).items() if n not in ("name", "tags")}
+    case = {"case": "pool step", "dtype": dtype_name, **sizes}
     ratios = {t.name: t.median / ours.median for t in timings}
     return as_result(
         case,
@@ -335,11 +307,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 24])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=BOUNDS)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--d-ff", type=int, default=1024)
-    parser.add_argument("--experts", type=int, default=96)
-    parser.add_argument("--top-k", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=CPU.tokens)
+    parser.add_argument("--d-model", type=int, default=CPU.d_model)
+    parser.add_argument("--d-ff", type=int, default=CPU.d_ff)
+    parser.add_argument("--experts", type=int, default=CPU.experts)
+    parser.add_argument("--top-k", type=int, default=CPU.top_k)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--peers",
@@ -355,14 +327,8 @@ def main() -> None:
     start = time.perf_counter()
     for dtype_name in arguments.dtype:
         for layers in arguments.layers:
-            shape = Shape(
-                layers,
-                arguments.tokens,
-                arguments.d_model,
-                arguments.d_ff,
-                arguments.experts,
-                arguments.top_k,
-            )
+            a = arguments
+            shape = Workload("", a.tokens, a.d_model, a.d_ff, a.experts, a.top_k, layers)
             results.append(bench(shape, dtype_name, arguments))
             if arguments.json:
                 write_json(arguments.json, results)

@@ -10,12 +10,16 @@ waves). The floor of a pass is max(FLOPs / PEAK, bytes / DATASHEET_BANDWIDTH). A
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from harness import write_json
 from torch import Tensor
+from workloads import ROUTINGS, WORKLOADS, Workload, draw_counts
+
+from unipool.ops import costs
+from unipool.ops.costs import Cost
 
 try:
     from unipool import _C
@@ -29,82 +33,8 @@ SHARED_BYTES, SCHEDULE_BYTES = 228 * 1024, 12 * 1024  # of a multiprocessor; of 
 TILES = {tile["name"]: tile for tile in _C.gemm_tiles()} if _C else {}
 
 
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    tokens: int
-    d_model: int
-    d_ff: int
-    experts: int
-    top_k: int = 1
-    layers: int = 1  # that share the pool; a weight gradient sums over them
-
-    @property
-    def rows(self) -> int:
-        return self.tokens * self.top_k
-
-
-SHAPES = [
-    *[Shape("182m", t, 768, 3072, 96, 1, 12) for t in (8192, 32768, 131072)],
-    *[Shape("469m", t, 1024, 4096, 128, 1, 24) for t in (16384, 65536)],
-    *[Shape("650m", t, 1024, 4096, 288, 1, 36) for t in (16384, 65536)],
-    *[Shape("830m", t, 1024, 4096, 384, 1, 48) for t in (8192, 32768)],
-    Shape("978m", 16384, 1536, 6144, 192, 1, 24),
-    Shape("SonicMoE 7B", 24576, 1536, 256, 128, 8),
-    Shape("SonicMoE 7B", 24576, 1536, 1024, 32, 2),
-    Shape("Qwen3-30B-A3B", 32768, 2048, 768, 128, 8),
-    Shape("OLMoE", 32768, 2048, 1024, 64, 8),
-]
-
-
-# --- routings: the probability of each expert in one layer
-
-
-def uniform(experts: int, generator: torch.Generator) -> Tensor:
-    return torch.ones(experts)
-
-
-def zipf(experts: int, generator: torch.Generator) -> Tensor:
-    """Probability 1 / rank, ranks shuffled."""
-    ranks = 1 + torch.randperm(experts, generator=generator)
-    return 1.0 / ranks
-
-
-def quarter(experts: int, generator: torch.Generator) -> Tensor:
-    """Each layer on M/4 experts of its own."""
-    return (torch.randperm(experts, generator=generator) < experts // 4).float()
-
-
-def half_to_one(experts: int, generator: torch.Generator) -> Tensor:
-    chances = torch.ones(experts)
-    chances[torch.randint(experts, (), generator=generator)] = experts - 1
-    return chances
-
-
-def thirty_percent_empty(experts: int, generator: torch.Generator) -> Tensor:
-    return (torch.randperm(experts, generator=generator) >= 3 * experts // 10).float()
-
-
-ROUTINGS = {
-    "uniform": uniform,
-    "zipf": zipf,
-    "quarter": quarter,
-    "half to one": half_to_one,
-    "30% empty": thirty_percent_empty,
-}
-
-
-def draw_counts(shape: Shape, routing: str, generator: torch.Generator) -> Tensor:
-    """[M] rows of each expert in one layer, their sum T k, none above T: k independent draws a
-    token, what an expert gets beyond T handed to the others."""
-    chances = ROUTINGS[routing](shape.experts, generator)
-    counts = torch.zeros(shape.experts, dtype=torch.long)
-    while missing := shape.rows - int(counts.sum()):
-        open_to = torch.where(counts < shape.tokens, chances, 0.0)
-        drawn = torch.multinomial(open_to, missing, replacement=True, generator=generator)
-        counts += drawn.bincount(minlength=shape.experts)
-        counts.clamp_(max=shape.tokens)
-    return counts
+# Each scale at two sizes or more, and what others publish figures for.
+SHAPES = [w for w in WORKLOADS if {"paper", "peer"} & set(w.tags)]
 
 
 # --- products
@@ -113,7 +43,7 @@ def draw_counts(shape: Shape, routing: str, generator: torch.Generator) -> Tenso
 @dataclass(frozen=True)
 class Product:
     """[rows, n] summed over k or, for a weight gradient, [experts, n, k] summed over rows. bytes:
-    least traffic with DRAM; rows: those of each expert."""
+    its part of the least traffic with DRAM; rows: those of each expert."""
 
     name: str
     kind: str
@@ -127,8 +57,8 @@ class Product:
         return 2.0 * int(self.rows.sum()) * self.n * self.k
 
 
-def layer_products(shape: Shape, counts: Tensor) -> list[Product]:
-    """Forward and input gradient of one layer."""
+def layer_products(shape: Workload, counts: Tensor) -> list[Product]:
+    """Forward and input gradient of one layer; their bytes add up to those of ops.costs."""
     T, N, D, F = shape.tokens, shape.rows, shape.d_model, shape.d_ff
     matrix = 2.0 * D * F * int((counts > 0).sum())  # one of three, of the experts with rows
     out = 2 * T * D + 4 * N * D * (shape.top_k > 1)  # sorted rows written and summed
@@ -140,17 +70,17 @@ def layer_products(shape: Shape, counts: Tensor) -> list[Product]:
     ]
 
 
-def wgrad_products(shape: Shape, counts: Tensor) -> list[Product]:
+def wgrad_products(shape: Workload, counts: Tensor) -> list[Product]:
     """Of all layers at once, written in bfloat16; counts: rows of an expert in all of them."""
-    T, N, D, F = shape.tokens, shape.rows, shape.d_model, shape.d_ff
-    matrix = 2.0 * D * F * shape.experts  # zeros are written too
-    operands = shape.layers * 2 * T * D
+    D, F = shape.d_model, shape.d_ff
+    tokens, rows = shape.layers * shape.tokens, shape.layers * shape.rows
+    sizes = {"rows": rows, "experts": shape.experts, "size": 2, "out": 2}
+    gate_up = costs.grouped_wgrad(rows, tokens, n=2 * F, k=D, **sizes).bytes
+    down = costs.grouped_wgrad(tokens, rows, n=D, k=F, **sizes).bytes
     return [
-        Product("wgrad gate_up", "wgrad", counts, 2 * F, D,
-                2 * matrix + operands + shape.layers * 4 * N * F),
-        Product("wgrad down", "wgrad", counts, D, F,
-                matrix + operands + shape.layers * 2 * N * F),
-    ]  # fmt: skip
+        Product("wgrad gate_up", "wgrad", counts, 2 * F, D, gate_up),
+        Product("wgrad down", "wgrad", counts, D, F, down),
+    ]
 
 
 # --- simulation
@@ -191,12 +121,11 @@ def simulate(product: Product) -> dict:
 
 def floor_of(name: str, products: list[Product]) -> dict:
     """The floor of products in a row, taken as one: max over sums, not sum of maxima."""
-    flops = sum(product.flops for product in products)
-    moved = sum(product.bytes for product in products)
+    cost = sum((Cost(p.flops, p.bytes) for p in products), Cost(0.0, 0.0))
     return {
         "pass": name,
-        "floor_seconds": max(flops / PEAK, moved / DATASHEET_BANDWIDTH),
-        "floor_bound": "flops" if flops / PEAK >= moved / DATASHEET_BANDWIDTH else "bytes",
+        "floor_seconds": cost.seconds(PEAK, DATASHEET_BANDWIDTH),
+        "floor_bound": cost.bound(PEAK, DATASHEET_BANDWIDTH),
     }
 
 
@@ -211,12 +140,12 @@ def as_pass(name: str, products: list[Product]) -> dict:
     }
 
 
-def run(shape: Shape, routing: str) -> dict:
+def run(shape: Workload, routing: str) -> dict:
     generator = torch.Generator().manual_seed(0)
     layers = [draw_counts(shape, routing, generator) for _ in range(shape.layers)]
     up, down, hidden_bwd, input_bwd = layer_products(shape, layers[0])
     return {
-        **vars(shape),
+        **asdict(shape),
         "routing": routing,
         "passes": [
             as_pass("forward", [up, down]),

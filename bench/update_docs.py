@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hardware_table
 from evidence_tables import evidence
+from kernel_tables import expectations
 from model_memory import choosing
 
 from unipool.report.tables import markdown
@@ -229,6 +230,7 @@ def main() -> None:
         ROOT / "README.md": {"figures": summary()},
         docs / "benchmarks.md": {"figures": benchmarks()},
         docs / "choosing.md": choosing(load("pool_step_cpu")),
+        docs / "cuda-kernels.md": expectations(load("tile_efficiency")),
         docs / "evidence.md": {"figures": evidence(load("evidence"))},
     }
     texts = {path: updated(path, parts) for path, parts in pages.items()}

@@ -81,7 +81,7 @@ def test_expert_benchmark_runs_on_the_cpu(capsys: pytest.CaptureFixture) -> None
 def test_expert_benchmark_times_nothing_that_differs(spoilt: str) -> None:
     shape, place = bench_experts.SMALL, bench_experts.PARAMETERS.index(spoilt)
     step = bench_experts.layer_step(
-        bench_experts.ops.expert_mlp, bench_experts.make_inputs(shape, "cpu")
+        bench_experts.ops.expert_mlp, bench_experts.make_inputs(shape, "cpu", "zipf")
     )
 
     def wrong() -> tuple[torch.Tensor, ...]:

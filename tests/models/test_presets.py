@@ -10,7 +10,7 @@ from unipool.models import UniPoolConfig, parameter_counts, preset, preset_names
 # name: D, F, L, heads, experts of the pool, balance coefficient, dense parameters in millions
 SCALES = {
     "182m": (768, 3072, 12, 12, 96, 1e-2, 182),
-    "469m": (1024, 4096, 24, 16, 128, 2e-2, 470),
+    "469m": (1024, 4096, 24, 16, 192, 2e-2, 470),
     "650m": (1024, 4096, 36, 16, 288, 2e-2, 652),
     "830m": (1024, 4096, 48, 16, 384, 2e-2, 835),
     "978m": (1536, 6144, 24, 16, 192, 2e-2, 978),
@@ -50,6 +50,12 @@ def test_parameter_counts_are_those_of_the_model(name, form):
 def test_parameter_counts_follow_the_options(form, overrides):
     config = preset("tiny", form, **overrides)
     assert parameter_counts(config) == count(config)
+
+
+def test_the_published_pools_of_469m():
+    """2.588 B parameters with 192 experts, 1.782 B with 128, its 66.7 % pool."""
+    billions = [parameter_counts(preset("469m", num_experts=m))["total"] / 1e9 for m in (192, 128)]
+    assert [round(b, 3) for b in billions] == [2.588, 1.782]
 
 
 def test_parameter_counts_of_groups_and_several_experts():

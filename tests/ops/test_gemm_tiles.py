@@ -4,6 +4,7 @@
 import pytest
 import tile_efficiency
 import torch
+from workloads import Workload
 
 from unipool import _C
 
@@ -16,7 +17,7 @@ GPUS = {"H100": H100, "A100": A100, "L40": L40}
 # M, D, F of the five scales
 SCALES = {
     "182m": (96, 768, 3072),
-    "469m": (128, 1024, 4096),
+    "469m": (192, 1024, 4096),
     "650m": (288, 1024, 4096),
     "830m": (384, 1024, 4096),
     "978m": (192, 1536, 6144),
@@ -191,7 +192,7 @@ def test_bytes_and_flops_of_a_layer(top_k):
     """forward 2P + 4TD + 8TkF, input gradient 2P + 4TD + 14TkF, both + 4TkD where k > 1; weight
     gradient 2P + 4TD + 6TkF; P parameters of the experts with rows. 6TkDF operations a pass."""
     T, D, F, M = 100, 24, 40, 8
-    shape = tile_efficiency.Shape("test", T, D, F, M, top_k)
+    shape = Workload("test", T, D, F, M, top_k)
     counts = torch.tensor([0, 0, *[T * top_k // 4] * 4, 0, 0])
     combine = 4 * T * top_k * D * (top_k > 1)
     forward, backward = 8 * T * top_k * F, 14 * T * top_k * F
@@ -207,7 +208,7 @@ def test_bytes_and_flops_of_a_layer(top_k):
 
 @pytest.mark.parametrize("routing", tile_efficiency.ROUTINGS)
 def test_drawn_rows(routing):
-    shape = tile_efficiency.Shape("test", 500, 8, 8, 20, top_k=4)
+    shape = Workload("test", 500, 8, 8, 20, top_k=4)
     counts = tile_efficiency.draw_counts(shape, routing, torch.Generator().manual_seed(0))
     assert counts.sum() == 2000
     assert counts.max() <= 500
@@ -228,7 +229,7 @@ def test_simulated_efficiency_of_a_product():
 
 
 def test_a_simulated_shape_stays_above_its_floor():
-    shape = tile_efficiency.Shape("test", 4096, 256, 512, 16, layers=3)
+    shape = Workload("test", 4096, 256, 512, 16, layers=3)
     for routing in tile_efficiency.ROUTINGS:
         result = tile_efficiency.run(shape, routing)
         assert [p["pass"] for p in result["passes"]] == ["forward", "dgrad", "wgrad"]

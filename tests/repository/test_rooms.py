@@ -20,6 +20,7 @@ ROOMS = {
     "reference": {"ops"},
     "doctor": {"__init__", "_library", "ops", "options", "reference"},
     "integrations": {"ops"},
+    "scales": set(),
     "errors": set(),
     "files": set(),
     "options": {"errors"},
@@ -27,7 +28,7 @@ ROOMS = {
     "checkpoints": PLAIN,
     "data": PLAIN,
     "report": PLAIN,
-    "models": {"checkpoints", "configs", "data", "nn", "ops", *PLAIN},
+    "models": {"checkpoints", "configs", "data", "nn", "ops", "scales", *PLAIN},
     "training": {"__init__", "configs", "data", "models", "options", "report", *PLAIN},
     "evaluation": {"checkpoints", "configs", "data", "errors", "models", "report", "training"},
     "analysis": {

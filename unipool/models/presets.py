@@ -2,43 +2,20 @@
 """The five scales of arXiv:2605.06665 and two small ones, each as a dense, a layer-private and a
 shared-pool model of equal depth, width and active size; and the counting of parameters."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from transformers import LlamaConfig, PreTrainedConfig
 
+from ..scales import SCALES, Scale
 from .configuration_unipool import UniPoolConfig
 
 FORMS = ("dense", "vanilla", "unipool")
 VANILLA_COEFFICIENT = 1e-2  # balance loss of the published layer-private baseline, at every scale
 
 
-@dataclass(frozen=True)
-class _Scale:
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    pool_size: int  # experts of the one UniPool pool
-    layer_size: int  # experts of a layer in the layer-private model
-    balance_coefficient: float  # of the UniPool model
-    vocab_size: int = 51200  # GPT-2's 50257 entries, padded to a multiple of 1024
-
-
-_SCALES = {
-    "182m": _Scale(768, 3072, 12, 12, 96, 8, 1e-2),
-    "469m": _Scale(1024, 4096, 24, 16, 128, 8, 2e-2),
-    "650m": _Scale(1024, 4096, 36, 16, 288, 8, 2e-2),
-    "830m": _Scale(1024, 4096, 48, 16, 384, 8, 2e-2),
-    "978m": _Scale(1536, 6144, 24, 16, 192, 8, 2e-2),
-    # These read bytes.
-    "tiny": _Scale(64, 128, 4, 4, 16, 4, 1e-2, vocab_size=256),
-    "small": _Scale(128, 256, 6, 4, 48, 8, 1e-2, vocab_size=256),
-}
-
-
 def preset_names() -> tuple[str, ...]:
     """Names that `preset` knows."""
-    return tuple(_SCALES)
+    return tuple(SCALES)
 
 
 def preset(name: str, form: str = "unipool", **overrides) -> PreTrainedConfig:
@@ -50,11 +27,11 @@ def preset(name: str, form: str = "unipool", **overrides) -> PreTrainedConfig:
     replace fields of the result; a vanilla model of another depth gets as many pools as layers.
     Raises ValueError for an unknown name or form, or a field that the form does not have.
     """
-    if name not in _SCALES:
+    if name not in SCALES:
         raise ValueError(f"preset: name must be one of {preset_names()}, got {name!r}")
     if form not in FORMS:
         raise ValueError(f"preset: form must be one of {FORMS}, got {form!r}")
-    scale = _SCALES[name]
+    scale = SCALES[name]
     config_class = LlamaConfig if form == "dense" else UniPoolConfig
     values = {
         "vocab_size": scale.vocab_size,
@@ -94,7 +71,7 @@ def _check_backbone(values: dict) -> None:
         raise ValueError(str(error).replace("UniPoolConfig", "LlamaConfig", 1)) from None
 
 
-def _experts(scale: _Scale, form: str, overrides: dict) -> dict:
+def _experts(scale: Scale, form: str, overrides: dict) -> dict:
     if form == "unipool":
         return {
             "num_experts": scale.pool_size,
