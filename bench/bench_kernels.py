@@ -25,7 +25,7 @@ from unipool.ops import costs
 
 TOKENS, WIDTH, CHECK_TOKENS = 65536, 1024, 512
 WARM_UPS, COPY_BYTES = 10, 2**30
-ROUTER_BLOCKS = 3 * 132  # of the float32 layouts up to M = 384: one wave, three a multiprocessor
+ROUTER_BLOCKS = 3 * 132  # of the float32 layouts up to M = 384: three per multiprocessor
 PLAN_SPAN, PLAN_BLOCKS = 512, 4 * 132  # least slots of a block, most blocks
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 CALIBRATION, EPS = 3.0, 1e-8

@@ -26,8 +26,8 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def grouped_mm_layer(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The layer as one writes it with torch's grouped_mm."""
-    flat = routing.experts.flatten()
+    """The layer as one writes it with torch's grouped_mm: silent slots go to expert 0, weight 0."""
+    flat = routing.experts.flatten().clamp(min=0)
     order = flat.argsort(stable=True)
     offsets = flat.bincount(minlength=gate_up.shape[0]).cumsum(0).int()
     rows = x[order // routing.experts.shape[1]]

@@ -354,7 +354,7 @@ def plan(out: Path, prebuilt: bool, rehearse: bool, package: Path) -> list[Step]
     workers = 1 if rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
     steps += test_steps(out, rehearse, workers)
     steps += [*sanitizer_steps(rehearse), *bench_steps(out, rehearse), ncu_step(out, rehearse)]
-    # A rehearsal takes seconds a step, but its machine may be busy.
+    # A rehearsal takes seconds per step, but its machine may be busy.
     return [replace(step, seconds=2 * step.seconds) for step in steps] if rehearse else steps
 
 

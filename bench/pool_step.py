@@ -7,9 +7,9 @@ Ours in three weight-gradient modes against torch's grouped_mm with autograd and
 installed, its experts implementation; dense matmuls of equal FLOPs as the bound. The routers are
 the same in all ways; the norm is a LayerNorm, one kernel of PyTorch each way. Gradients
 are compared before anything is timed. The floor of a pass is max(FLOPs / rate, bytes / bandwidth),
-rates and bandwidth measured in turn with the ways: two passes a layer read the weights, one weight
-gradient of all layers writes the pool's gradient once, and the routers' three products a layer are
-in float32.
+rates and bandwidth measured in turn with the ways: two passes per layer read the weights, one
+weight gradient of all layers writes the pool's gradient once, and the routers' three products per
+layer are in float32.
 """
 
 import argparse
@@ -96,7 +96,8 @@ class PoolStep(nn.Module):
         with torch.device("meta"):
             module = MixtralExperts(config)
         module.gate_up_proj, module.down_proj = self.pool.gate_up_proj, self.pool.down_proj
-        return lambda x, r: module(x, r.experts.long(), r.weights.to(x.dtype))
+        # Silent slots, of weight 0, have to go somewhere.
+        return lambda x, r: module(x, r.experts.long().clamp(min=0), r.weights.to(x.dtype))
 
 
 def release_free_memory() -> None:
@@ -279,7 +280,7 @@ def report(
         f"M={shape.experts} k={shape.top_k} {dtype_name}\n"
         f"  measured here: matmul {rates.matmul / 1e9:.0f} GFLOP/s (float32 "
         f"{rates.float32_matmul / 1e9:.0f}), read {rates.read / 1e9:.1f} GB/s; "
-        f"floor {1e3 * floor:.0f} ms, {1e3 * ours.median / shape.layers:.1f} ms a layer"
+        f"floor {1e3 * floor:.0f} ms, {1e3 * ours.median / shape.layers:.1f} ms per layer"
     )
     for t in timings:
         peak = f"{peaks[t.name]:6.2f} GiB" if t.name in peaks else ""

@@ -126,7 +126,7 @@ def with_tile(kernel: Kernel, tile: Tile) -> Iterator[str]:
     most = max((resident_by_shared_memory(kernel, tile, gpu) for gpu in gpus), default=promised)
     if most < promised:
         yield (
-            f"registers are saved for {promised} blocks a multiprocessor, but shared memory of "
+            f"registers are saved for {promised} blocks per multiprocessor, but shared memory of "
             f"tile {tile.name} holds {most}, on any GPU"
         )
 

@@ -89,9 +89,9 @@ class CompareConfig(_Checked):
     tokenizer: Annotated[
         str | None, Option("Hugging Face tokenizer folder [bytes]", _TRAINING, path="read")
     ] = None
-    seq_len: Annotated[int | None, Option("tokens a sequence", _TRAINING, min=2)] = None
-    batch_size: Annotated[int | None, Option("sequences a micro-batch", _TRAINING, min=1)] = None
-    accumulate: Annotated[int | None, Option("micro-batches a step", _TRAINING, min=1)] = None
+    seq_len: Annotated[int | None, Option("tokens per sequence", _TRAINING, min=2)] = None
+    batch_size: Annotated[int | None, Option("sequences per micro-batch", _TRAINING, min=1)] = None
+    accumulate: Annotated[int | None, Option("micro-batches per step", _TRAINING, min=1)] = None
     steps: Annotated[int | None, Option("optimizer steps", _TRAINING, min=1)] = None
     lr: Annotated[
         float | None, Option("highest learning rate; the last is a tenth", _TRAINING, above=0)
@@ -120,9 +120,9 @@ class DemoConfig(_Checked):
     """Three small models, trained alike and compared."""
 
     out: Annotated[Path, Option("folder of the results")] = Path("runs/demo")
-    steps: Annotated[int | None, Option("steps a model [a few minutes each on 2 cores]", min=1)] = (
-        None
-    )
+    steps: Annotated[
+        int | None, Option("steps per model [a few minutes each on 2 cores]", min=1)
+    ] = None
     seed: Annotated[int, Option("weights and order of the text", min=0)] = 0
     device: Annotated[Device, Option("where to train")] = "auto"
 
@@ -176,7 +176,7 @@ _CHECKPOINT = Option("run, checkpoint of one, or Hugging Face MoE model folder",
 _TEXT = Option("text to look at; repeatable [what the run of the checkpoint held out]")
 _TEXT_FIELD = Option("field of a .jsonl row, with --data")
 _TOKENS = Option("tokens of text, 0: all", min=0)
-_SEQ_LEN = Option("tokens a sequence [that of the run, else at most 512]", min=2)
+_SEQ_LEN = Option("tokens per sequence [that of the run, else at most 512]", min=2)
 _SEQUENCES = Option("sequences at a time", min=1)
 
 
@@ -253,7 +253,7 @@ class ResizeConfig(_Checked):
 
     source: Annotated[Path, _SOURCE]
     out: Annotated[Path, _NEW_FOLDER]
-    experts: Annotated[int, Option("experts a pool, more or fewer than now", min=1)]
+    experts: Annotated[int, Option("experts per pool, more or fewer than now", min=1)]
     add: Annotated[Literal["copy", "init"], Option("new experts: copies, or drawn")] = "copy"
     show: Annotated[
         Literal["split", "hidden", "all"] | None,

@@ -87,7 +87,7 @@ def recurrent_logits(
 
 
 def dispatch_plan(experts: Tensor | Sequence[Tensor], num_experts: int) -> DispatchPlan:
-    """Stable sort of the slots by expert. experts: [T, k] or one such tensor a layer."""
+    """Stable sort of the slots by expert. experts: [T, k] or one such tensor per layer."""
     if not isinstance(experts, Tensor):
         experts = torch.cat(list(experts))
     slots = experts.flatten().long()

@@ -260,7 +260,7 @@ def test_test_files_that_cannot_be_imported_are_named(
 def test_the_tests_of_cuda_are_found_in_the_whole_folder(tmp_path: Path) -> None:
     (tests,) = (s for s in gpu_check.test_steps(tmp_path, False, 4) if s.name == "tests")
     chosen = {Path(word).stem for word in map(str, tests.command) if word.endswith(".py")}
-    assert {"test_large", "test_models", "test_experts", "test_contract"} <= chosen
+    assert {"test_large", "test_models", "test_expert_mlp", "test_contract"} <= chosen
     assert not any("softgpu" in str(word) for word in tests.command)
 
 

@@ -254,8 +254,8 @@ def test_gpus_without_a_tile_are_named() -> None:
 def test_promised_blocks_against_shared_memory() -> None:
     (line,) = check([kernel_of(BY_NAME["t32"], min_blocks=3)], TILES)
     assert line.endswith(
-        "registers are saved for 3 blocks a multiprocessor, but shared memory of tile t32 holds 2, "
-        "on any GPU"
+        "registers are saved for 3 blocks per multiprocessor, but shared memory of tile t32 "
+        "holds 2, on any GPU"
     )
     assert check([kernel_of(BY_NAME["t16"], min_blocks=3)], TILES) == []
 

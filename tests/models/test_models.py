@@ -310,7 +310,7 @@ def test_gradient_checkpointing_changes_nothing(options, delay):
         assert torch.equal(outputs[0].load, outputs[1].load)
         assert_all_equal(states(model), states(twin))
         assert_gradients_close(gradients(model), gradients(twin))
-    assert len(calls) == 6, "each layer must have been recomputed once a step"
+    assert len(calls) == 6, "each layer must have been recomputed once per step"
 
 
 # --- training ---

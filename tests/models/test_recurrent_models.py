@@ -91,7 +91,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, kind, padding):
             output.loss.backward()
         torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-6, atol=1e-6)
         assert torch.equal(outputs[0].load, outputs[1].load)
-    assert len(calls) == 2 * 2 * 4, "each layer must have been recomputed once a step"
+    assert len(calls) == 2 * 2 * 4, "each layer must have been recomputed once per step"
     expected = gradients(twin)
     for name, grad in gradients(model).items():
         assert expected[name].abs().max() > 0, name

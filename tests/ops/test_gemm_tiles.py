@@ -49,7 +49,7 @@ def test_tiles_are_listed_in_order_of_size():
     assert [t["name"] for t in _C.gemm_tiles()] == ["t16", "t32", "t64", "t128", "f32"]
     halves = [t for t in TILES.values() if t["element_bytes"] == 2]
     assert [t["m"] for t in halves] == sorted(t["m"] for t in halves)
-    assert sum(t["m"] <= 32 for t in halves) >= 1, "a tile for few tokens an expert"
+    assert sum(t["m"] <= 32 for t in halves) >= 1, "a tile for few tokens per expert"
 
 
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)

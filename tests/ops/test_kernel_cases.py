@@ -76,7 +76,7 @@ def products_of(spec: OpSpec, D: int, F: int) -> list[tuple[str, int, int]]:
     [
         pytest.param(4, 2, 328, 264, "one", id="long"),  # deeper and wider than any tile
         pytest.param(1, 1, 1856, 24, "dropped", id="wide"),  # tokens whose whole row is zero
-        pytest.param(400, 1, 8, 8, "one", id="pool"),  # several experts a thread
+        pytest.param(400, 1, 8, 8, "one", id="pool"),  # several experts per thread
     ],
 )
 def test_experts_on_every_tile(spec, M, k, D, F, routing, dtype, device):

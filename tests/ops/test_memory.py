@@ -67,8 +67,8 @@ def allocations(run: Callable[[], object], device: torch.device) -> list[int]:
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_saved_bytes_of_a_layer_in_bfloat16(top_k, device):
-    """2D + 4kF bytes a token: x and the pre-activations. Beside them the router weights, order and
-    inverse (4 bytes a slot each) and the offsets; parameters are not counted."""
+    """2D + 4kF bytes per token: x and the pre-activations. Beside them the router weights, order
+    and inverse (4 bytes per slot each) and the offsets; parameters are not counted."""
     case = Case("saved", 300, 8, top_k, 64, 48)
     inputs = layer_inputs(case, torch.bfloat16, device)
     saved: dict[int, int] = {}

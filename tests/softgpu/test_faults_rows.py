@@ -65,7 +65,7 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _router(ops: Launchers) -> bool:
-    """M = 96 (8 lanes a row) and 160 (32 lanes), ties, a mask, a last block that is not full."""
+    """M = 96 (8 lanes per row) and 160 (32 lanes), ties, a mask, a last block that is not full."""
     right = True
     for experts, top_k in ((96, 8), (160, 2)):
         z = (_normal(37, experts) * 4).round() / 4

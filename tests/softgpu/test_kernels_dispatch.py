@@ -16,7 +16,7 @@ INT32 = torch.iinfo(torch.int32)
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens of each layer, experts, slots a token, and how ids are drawn."""
+    """Tokens of each layer, experts, slots per token, and how ids are drawn."""
 
     tokens: tuple[int, ...]
     experts: int
@@ -28,7 +28,7 @@ class Case:
         return f"T{tokens}-M{self.experts}-k{self.top_k}-{self.routing}"
 
     def ids(self) -> list[Tensor]:
-        """One [T, k] int32 tensor a layer."""
+        """One [T, k] int32 tensor per layer."""
         g = torch.Generator().manual_seed(sum(self.tokens) + self.experts)
         layers = []
         for tokens in self.tokens:

@@ -25,7 +25,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens, experts, slots a token, widths, and how ids are drawn."""
+    """Tokens, experts, slots per token, widths, and how ids are drawn."""
 
     tokens: int
     experts: int

@@ -239,7 +239,7 @@ def test_negative_scale_turns_the_order(ops: Launchers) -> None:
 
 @pytest.mark.parametrize("tokens", [3168 + 1, 3 * 3168 + 5])
 def test_many_tokens(ops: Launchers, tokens: int) -> None:
-    """More than one token a warp: 396 blocks of 8 warps take the rows in turns."""
+    """More than one token per warp: 396 blocks of 8 warps take the rows in turns."""
     case = Case(tokens, 132, 1)
     inputs = case.inputs()
     weights, experts, load, importance = _forward(ops, case, "norm", inputs)

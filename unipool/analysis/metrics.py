@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of routings, as functions of tensors; logarithms are to base 2.
 
-Notation: T tokens, k experts a token, M experts. `experts` tensors are [T, k], distinct ids in
+Notation: T tokens, k experts per token, M experts. `experts` tensors are [T, k], distinct ids in
 [0, M), or -1 for a slot without an expert, which counts nowhere.
 """
 

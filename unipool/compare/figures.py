@@ -33,7 +33,7 @@ def sweep_figures(results: dict) -> dict[str, Figure]:
 
 
 def differences_figure(variants: list[dict]) -> Figure:
-    """A row a model: its validation loss less the baseline's, each seed and mean ± deviation."""
+    """A row per model: its validation loss less the baseline's, each seed and mean ± deviation."""
     losses = {e["name"]: _by_seed(e) for e in variants}
     entries = [e for e in variants if e["name"] != e["baseline"] and e["difference"]["n"]][::-1]
     with matplotlib.rc_context(PLOT):

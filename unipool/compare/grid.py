@@ -90,7 +90,7 @@ class Variant:
 
 
 def vanilla(baseline: Baseline, granularity: int = 1) -> Variant:
-    """The layer-private model: softmax router, one balance loss a layer from its own batch."""
+    """The layer-private model: softmax router, one balance loss per layer from its own batch."""
     experts = baseline.layer_experts * granularity
     return Variant("softmax", baseline.layers, experts, "layer", 0, granularity)
 

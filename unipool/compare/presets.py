@@ -49,7 +49,7 @@ def _evidence(baseline: Baseline) -> list[Variant]:
 # name -> (what it asks, the models beside the layer-private baseline)
 PRESETS: dict[str, tuple[str, Callable[[Baseline], list[Variant]]]] = {
     "main": ("does the scale's UniPool model beat the layer-private one?", _main),
-    "sharing": ("G pools of equal size, from one for all layers to one a layer", _sharing),
+    "sharing": ("G pools of equal size, from one for all layers to one per layer", _sharing),
     "pool-size": ("one pool of 41.6 % to 100 % of the baseline's experts", _pool_size),
     "ablation": ("NormRouter and pool loss, together and one without the other", _ablation),
     "granularity": ("experts cut in 1, 2 and 4, as many of them a token", _granularity),

@@ -25,8 +25,8 @@ _NOTES = (
     "Mean ± standard deviation over seeds. A difference is taken seed by seed to the layer-private "
     "model of the same granularity, whose runs had the same text, held-out text and order; "
     "negative is better.",
-    "A model's name: its router, pools × experts a pool, experts a token (k), and its balance loss "
-    "with the micro-batch that the load is of (0: this one, 1: the last).",
+    "A model's name: its router, pools × experts per pool, experts per token (k), and its balance "
+    "loss with the micro-batch that the load is of (0: this one, 1: the last).",
 )
 _FIGURES = {
     "differences": "Difference to the layer-private model: mean, standard deviation and each seed",
@@ -57,7 +57,7 @@ def _seeds(entry: dict) -> str:
 
 
 def rows(results: dict) -> list[list[str]]:
-    """Text of one row a model, in the order of the head."""
+    """Text of one row per model, in the order of the head."""
     return [
         [
             entry["label"],
@@ -74,7 +74,7 @@ def rows(results: dict) -> list[list[str]]:
 
 
 def failures(results: dict) -> list[str]:
-    """One line a run that failed."""
+    """One line per run that failed."""
     return [
         f"{entry['label']} seed {run['seed']} failed: {run['reason']}"
         for entry in results["variants"]

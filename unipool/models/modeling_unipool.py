@@ -273,7 +273,7 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
     DistributedDataParallel needs no find_unused_parameters: a pool is two whole tensors, so every
     parameter is in the graph of every step, whatever the routing. It broadcasts rank 0's balance
     state to the other ranks before each forward. Reentrant checkpointing gives the same gradients
-    but marks a pool ready once a layer, which DistributedDataParallel refuses: keep the default
+    but marks a pool ready once per layer, which DistributedDataParallel refuses: keep the default
     there.
     """
 

@@ -22,7 +22,7 @@ def preset(name: str, form: str = "unipool", **overrides) -> PreTrainedConfig:
     """Configuration of a scale ("182m", ..., see `preset_names`) in one of three forms.
 
     "unipool": one pool, NormRouter, pool loss. "vanilla": a pool for each layer (8 experts at the
-    paper's scales), softmax router, one balance loss a layer. Both send a token to one expert of
+    paper's scales), softmax router, one balance loss per layer. Both send a token to one expert of
     the dense width. "dense": a LlamaConfig of the same depth, width and attention. `overrides`
     replace fields of the result; a vanilla model of another depth gets as many pools as layers.
     Raises ValueError for an unknown name or form, or a field that the form does not have.

@@ -54,7 +54,7 @@ class PoolBalancer(nn.Module):
         self.register_buffer("fraction", torch.zeros(num_experts, dtype=torch.float32))
 
     def forward(self, routings: Sequence[Routing], top_k: int) -> Tensor:
-        """The routings of the layers that share the pool, k experts a token -> scalar loss."""
+        """The routings of the layers that share the pool, k experts per token -> scalar loss."""
         self._check(routings, top_k)
         tokens = max(1, sum(routing.experts.shape[0] for routing in routings))
         load = torch.stack([routing.load for routing in routings]).sum(0)
@@ -78,7 +78,7 @@ class PoolBalancer(nn.Module):
                 )
             if routing.experts.shape[1] != top_k:
                 raise ValueError(
-                    f"PoolBalancer: routings[{layer}] must have top_k={top_k} experts a token, "
+                    f"PoolBalancer: routings[{layer}] must have top_k={top_k} experts per token, "
                     f"got {routing.experts.shape[1]}"
                 )
 

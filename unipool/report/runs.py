@@ -19,7 +19,7 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 COLUMNS = (
     ("model", "name", "{}"),
     ("pools", "num_pools", "{:,}"),
-    ("experts a pool", "pool_size", "{:,}"),
+    ("experts per pool", "pool_size", "{:,}"),
     ("parameters", "params_total", "{:,}"),
     ("in experts", "params_expert", "{:,}"),
     ("active", "params_active", "{:,}"),
@@ -38,7 +38,7 @@ def table_rows(runs: list[dict]) -> list[list[str]]:
 
 
 def loss_figure(runs: list[dict]) -> Figure:
-    """Training loss against the step, one line a run, and the final validation loss as a marker."""
+    """Training loss against the step, a line per run, and the final validation loss as a marker."""
     with matplotlib.rc_context(PLOT):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()

@@ -99,10 +99,10 @@ class TrainConfig:
     val_fraction: Annotated[
         float, Option("part of the text to hold out", _DATA, above=0, below=1)
     ] = 0.05
-    seq_len: Annotated[int, Option("tokens a sequence", _DATA, min=2)] = 256
+    seq_len: Annotated[int, Option("tokens per sequence", _DATA, min=2)] = 256
 
-    batch_size: Annotated[int, Option("sequences a micro-batch", _OPTIM, min=1)] = 16
-    accumulate: Annotated[int, Option("micro-batches a step", _OPTIM, min=1)] = 1
+    batch_size: Annotated[int, Option("sequences per micro-batch", _OPTIM, min=1)] = 16
+    accumulate: Annotated[int, Option("micro-batches per step", _OPTIM, min=1)] = 1
     steps: Annotated[int, Option("optimizer steps", _OPTIM, min=1)] = 1000
     seed: Annotated[
         int, Option("weights, held-out split and order of the text", _OPTIM, min=0, below=1 << 32)

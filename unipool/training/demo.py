@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three small models of equal active size, trained alike and compared as measured.
 
-layer-private   a pool of experts for each layer, softmax router, one balance loss a layer
+layer-private   a pool of experts for each layer, softmax router, one balance loss per layer
 shared-pool     one pool of the same total for all layers, NormRouter, one balance loss
 half-pool       the same with half the experts
 """
@@ -53,7 +53,7 @@ TRAINING = {
     "log_every": 10,
     "keep": 1,
 }
-STEPS = 800  # about two minutes a model on two cores
+STEPS = 800  # about two minutes per model on two cores
 _COLUMNS = {  # the terminal's table, narrow enough for 80 columns
     "model": lambda run: run["name"],
     "pools": lambda run: f"{run['num_pools']} x {run['pool_size']}",

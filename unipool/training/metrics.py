@@ -13,7 +13,7 @@ _COLUMNS = ("loss", "lm_loss", "aux_loss", "grad_norm", "learning_rate", "tokens
 
 
 class MetricsLog(TrainerCallback):
-    """Appends one JSON object a line to `path`: one row a step and kind, also across resumes."""
+    """Appends one JSON object a line to `path`: one row per step and kind, also across resumes."""
 
     def __init__(self, path: Path):
         self._path = Path(path)
@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def mean_rate(rows: list[dict]) -> float | None:
-    """Mean tokens a second over the rows of a metrics file; the first of several is left out.
+    """Mean tokens per second over the rows of a metrics file; the first of several is left out.
 
     Rows stand for equal numbers of steps, so this is the harmonic mean; the first row pays for
     warming up.

@@ -165,7 +165,7 @@ class PoolTrainer(Trainer):
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
         loss, self._step_loss = self._step_loss, None
-        # One wait for the device a step; weights and optimizer are still those of the step before.
+        # One wait for the device per step; weights and optimizer are those of the step before.
         if not torch.isfinite(torch.stack([loss.float(), torch.as_tensor(norm).to(loss)])).all():
             step = self.state.global_step + 1
             what = f"loss is {loss.item():g}, gradient norm {float(norm):g}"
