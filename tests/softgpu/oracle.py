@@ -25,15 +25,23 @@ def softmax_scores(z: Tensor, mask: Tensor | None) -> Tensor:
     return torch.softmax(z.masked_fill(mask, -torch.inf), dim=1).masked_fill(mask, 0.0)
 
 
-def choose(scores: Tensor, top_k: int, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """[T, k] ids: greatest score + bias first, NaN greatest, ties to the lower id, spare -1."""
+def choose(
+    scores: Tensor,
+    top_k: int,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    silent: bool = False,
+) -> Tensor:
+    """[T, k] ids: greatest score + bias first, NaN greatest, ties to the lower id, spare -1; with
+    `silent`, as for NormRouter, also -1 where the score is 0."""
     key = scores.detach() if bias is None else scores.detach() + bias.double()
     ids = torch.arange(scores.shape[1])
     if mask is not None:
         ids = ids[~mask]
     ranked = ids[key[:, ids].sort(dim=1, descending=True, stable=True).indices[:, :top_k]]
     spare = top_k - ranked.shape[1]
-    return torch.nn.functional.pad(ranked, (0, spare), value=-1).int()
+    chosen = torch.nn.functional.pad(ranked, (0, spare), value=-1)
+    return chosen.masked_fill(silent & (weights_of(scores, chosen) == 0), -1).int()
 
 
 def weights_of(scores: Tensor, experts: Tensor, renormalize: bool = False) -> Tensor:

@@ -18,16 +18,24 @@ EPILOGUE, LOADERS, MAINLOOP, SCHEDULE, TILE = (
     for name in ("epilogue", "loaders", "mainloop", "schedule", "tile")
 )
 BARRIER = "__syncthreads();"
-NEXT_TILE = "with the stage before it.\n        «cp_async_wait<kStages - 2>();»"
+NEXT_TILE = "«cute::cp_async_wait<Tile::kStages - 2>();»"
 FAULTS = [
     Fault("missing_wait", ROWS, MAINLOOP, NEXT_TILE, ";"),
-    Fault("wait_for_too_few", ROWS, MAINLOOP, NEXT_TILE, "cp_async_wait<kStages - 1>();"),
+    Fault(
+        "wait_for_too_few", ROWS, MAINLOOP, NEXT_TILE, "cute::cp_async_wait<Tile::kStages - 1>();"
+    ),
     Fault(
         *("missing_barrier", ROWS, MAINLOOP),
-        *(f"cp_async_wait<kStages - 2>();\n        «{BARRIER}»", ";"),
+        *(f"cp_async_wait<Tile::kStages - 2>();\n    «{BARRIER}»", ";"),
     ),
-    Fault("wrong_stage_written", ROWS, MAINLOOP, "load_a.load(«write»)", "read"),
-    Fault("wrong_stage_read", ROWS, MAINLOOP, "fetch(block + 1, «read»)", "write"),
+    Fault("wrong_stage_written", ROWS, MAINLOOP, "load_a.load(«write_»)", "read_"),
+    Fault(
+        "wrong_stage_read",
+        ROWS,
+        MAINLOOP,
+        "fetch(block + 1, «stages.read()»)",
+        "(stages.read() + 1) % Tile::kStages",
+    ),
     Fault(
         *("wrong_swizzle", ROWS, TILE),
         *("kMajor == Major::kK ? «Layout{}(line, column, 0)» :", "line * kDepth + column"),
