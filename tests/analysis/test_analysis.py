@@ -9,6 +9,7 @@ import devices
 import numpy as np
 import pytest
 import torch
+from commands import on_device, refused_on_device
 from plain_metrics import plain_entropy, plain_gini, plain_information, plain_jaccard
 from transformers import (
     DeepseekV3Config,
@@ -210,18 +211,8 @@ def test_layers_that_see_a_part_of_the_pool(device):
     assert 3 in found.numbers["pools"][0]["dead_experts"]
 
 
-def command(capsys, *arguments, code=0):
-    arguments = [*map(str, arguments), "--device", devices.current().type]
-    assert cli.main(arguments) == code
-    captured = capsys.readouterr()
-    if code:
-        assert captured.err.count("\n") == 1, captured.err
-        return captured.err
-    return captured.out
-
-
 def test_analyze_a_run(tmp_path, capsys, run, device):
-    output = command(capsys, "analyze", run, "--out", tmp_path / "a", "--tokens", "600")
+    output = on_device(capsys, "analyze", run, "--out", tmp_path / "a", "--tokens", "600")
     assert f"report: {tmp_path / 'a' / 'report.html'}" in output
     files = {path.name for path in (tmp_path / "a").iterdir()}
     pictures = {"load", "entropy", "information", "jaccard", "similarity", "scale"}
@@ -240,7 +231,7 @@ def test_analyze_a_run(tmp_path, capsys, run, device):
         [row["gini"] for row in numbers["layers"]]
     )
     checkpoint = latest_checkpoint(run / "checkpoints")  # the same weights
-    command(capsys, "analyze", checkpoint, "--out", tmp_path / "b", "--tokens", "600")
+    on_device(capsys, "analyze", checkpoint, "--out", tmp_path / "b", "--tokens", "600")
     again = json.loads((tmp_path / "b" / "analysis.json").read_text())
     assert again["layers"] == numbers["layers"]
     assert again["loss"] == numbers["loss"]
@@ -251,11 +242,11 @@ def test_analyze_a_hugging_face_folder(tmp_path, capsys, text, family, device):
     model = hugging_face(family)
     model.save_pretrained(tmp_path / "model")
     ByteTokenizer().hugging_face().save_pretrained(tmp_path / "model")
-    error = command(capsys, "analyze", tmp_path / "model", "--out", tmp_path / "a", code=2)
+    error = refused_on_device(capsys, "analyze", tmp_path / "model", "--out", tmp_path / "a")
     assert "--data is needed" in error
     assert not (tmp_path / "a").exists()
     options = ["--data", text, "--tokens", "400", "--seq-len", "32", "--out", tmp_path / "a"]
-    command(capsys, "analyze", tmp_path / "model", *options)
+    on_device(capsys, "analyze", tmp_path / "model", *options)
     numbers = json.loads((tmp_path / "a" / "analysis.json").read_text())
     assert numbers["model"] == type(model).__name__
     assert numbers["cross_layer"]["jaccard"] is None  # every layer has experts of its own
@@ -265,26 +256,25 @@ def test_analyze_a_hugging_face_folder(tmp_path, capsys, text, family, device):
 
 def test_bad_checkpoints_are_one_line(tmp_path, capsys, run, text):
     out = ["--out", tmp_path / "a"]
-    assert "give a run folder, a complete checkpoint" in command(
-        capsys, "analyze", tmp_path / "nothing", *out, code=2
-    )
+    error = refused_on_device(capsys, "analyze", tmp_path / "nothing", *out)
+    assert "give a run folder, a complete checkpoint" in error
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (copy / "model" / MANIFEST).unlink()
-    error = command(capsys, "analyze", copy, *out, code=2)
+    error = refused_on_device(capsys, "analyze", copy, *out)
     assert f"{copy / 'model'} is incomplete: {MANIFEST} is missing; give" in error
     step = latest_checkpoint(copy / "checkpoints")
     (step / MANIFEST).unlink()
-    assert f"{MANIFEST} is missing" in command(capsys, "probe", step, code=2)
+    assert f"{MANIFEST} is missing" in refused_on_device(capsys, "probe", step)
     for size, message in ((256, "below the model's vocab_size=256"), (320, "has no MoE layer")):
         dense(vocab_size=size).save_pretrained(tmp_path / "dense")
         ByteTokenizer().hugging_face().save_pretrained(tmp_path / "dense")
-        assert message in command(capsys, "probe", tmp_path / "dense", "--data", text, code=2)
+        assert message in refused_on_device(capsys, "probe", tmp_path / "dense", "--data", text)
     blocker = tmp_path / "file"
     blocker.write_text("")
-    error = command(capsys, "analyze", run, "--out", blocker / "a", code=2)
+    error = refused_on_device(capsys, "analyze", run, "--out", blocker / "a")
     assert "is not a folder that can be written to" in error
-    error = command(capsys, "analyze", run, "--seq-len", "99999", *out, code=2)
+    error = refused_on_device(capsys, "analyze", run, "--seq-len", "99999", *out)
     assert "--seq-len must be in [2, 1024], got 99999" in error
     assert not (tmp_path / "a").exists()
 
@@ -296,5 +286,5 @@ def test_a_changed_text_is_noticed(tmp_path, capsys, run, text):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"data": [str(changed)]}))
     (changed / "decoder.py").write_text("something else\n")
-    error = command(capsys, "analyze", copy, "--out", tmp_path / "a", code=2)
+    error = refused_on_device(capsys, "analyze", copy, "--out", tmp_path / "a")
     assert "has changed since" in error

@@ -11,6 +11,7 @@ from pathlib import Path
 import devices
 import pytest
 import torch
+from commands import on_device, refused_on_device
 
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
@@ -261,16 +262,6 @@ def test_a_masked_router_draws_only_what_it_may():
 # --- the command
 
 
-def command(capsys, *arguments, code=0):
-    arguments = [*map(str, arguments), "--device", devices.current().type]
-    assert cli.main(arguments) == code
-    captured = capsys.readouterr()
-    if code:
-        assert captured.err.count("\n") == 1, captured.err
-        return captured.err
-    return captured.out
-
-
 @pytest.fixture
 def text(tmp_path):
     folder = tmp_path / "text"
@@ -289,7 +280,7 @@ def test_probe_a_run(tmp_path, capsys, text):
     capsys.readouterr()
     files = ["--json", tmp_path / "results" / "p.json", "--plot", tmp_path / "results" / "p.png"]
     checkpoint = latest_checkpoint(out / "checkpoints")
-    output = command(capsys, "probe", checkpoint, "--tokens", "500", "--seeds", "2", *files)
+    output = on_device(capsys, "probe", checkpoint, "--tokens", "500", "--seeds", "2", *files)
     assert "over 496 tokens (text held out in training)" in output
     assert "random layer" in output
     found = json.loads((tmp_path / "results" / "p.json").read_text())
@@ -301,13 +292,13 @@ def test_probe_a_run(tmp_path, capsys, text):
         assert f"{layer['loss_increase']:+.4f} ± {layer['loss_spread']:.4f}"[1:] in output
     assert (tmp_path / "results" / "p.png").read_bytes().startswith(b"\x89PNG")
 
-    error = command(capsys, "probe", out, "--layer", "5", code=2)
+    error = refused_on_device(capsys, "probe", out, "--layer", "5")
     assert "--layer must be one of the MoE layers 0, 1, got 5" in error
-    assert "--weights" in command(capsys, "probe", out, "--weights", "none", code=2)
-    assert "--seeds" in command(capsys, "probe", out, "--seeds", "0", code=2)
-    error = command(capsys, "probe", out, "--json", tmp_path, code=2)
+    assert "--weights" in refused_on_device(capsys, "probe", out, "--weights", "none")
+    assert "--seeds" in refused_on_device(capsys, "probe", out, "--seeds", "0")
+    error = refused_on_device(capsys, "probe", out, "--json", tmp_path)
     assert "it is a folder" in error
-    error = command(capsys, "probe", out, "--data", tmp_path / "nothing", code=2)
+    error = refused_on_device(capsys, "probe", out, "--data", tmp_path / "nothing")
     assert "nothing does not exist" in error
 
 
@@ -317,7 +308,7 @@ def test_probe_a_hugging_face_folder(tmp_path, capsys, text, family):
     model.save_pretrained(tmp_path / "model")
     ByteTokenizer().hugging_face().save_pretrained(tmp_path / "model")
     options = ["--data", text, "--tokens", "630", "--seq-len", "64", "--seeds", "1", "--layer", "1"]
-    command(capsys, "probe", tmp_path / "model", *options, "--json", tmp_path / "p.json")
+    on_device(capsys, "probe", tmp_path / "model", *options, "--json", tmp_path / "p.json")
     found = json.loads((tmp_path / "p.json").read_text())
     assert [layer["layer"] for layer in found["layers"]] == [1]
     assert found["tokens"] == 630

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import refusal
 from specs import PUBLIC_OPS
 
 pytest.importorskip("typer")
@@ -34,15 +35,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(500)))
     return path
-
-
-def errors(capsys, *arguments, code=2):
-    """The one line on stderr of a command that must fail with `code`."""
-    assert cli.main(list(arguments)) == code
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1, captured.err
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def test_version_and_help(capsys):
@@ -78,7 +70,7 @@ def test_version_and_help(capsys):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert re.search(message, errors(capsys, *arguments))
+    assert re.search(message, refusal(capsys, *arguments))
     assert not list(tmp_path.iterdir()), "nothing is written before the input is known to be good"
 
 
@@ -86,8 +78,8 @@ def test_bad_data_names_file_and_line(tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n{"body": "b"}\n')
-    assert "rows.jsonl:2 has no field 'text'" in errors(capsys, "train", "--data", str(rows))
-    short = errors(capsys, "train", "--data", str(text), "--seq-len", "100000")
+    assert "rows.jsonl:2 has no field 'text'" in refusal(capsys, "train", "--data", str(rows))
+    short = refusal(capsys, "train", "--data", str(text), "--seq-len", "100000")
     assert "text.txt is shorter than one sequence" in short
 
 
@@ -95,7 +87,7 @@ def test_unwritable_folder(tmp_path, capsys, text):
     blocker = tmp_path / "file"
     blocker.write_text("")
     out = str(blocker / "run")
-    assert "--out" in errors(capsys, "train", *SMALL, "--data", str(text), "--out", out)
+    assert "--out" in refusal(capsys, "train", *SMALL, "--data", str(text), "--out", out)
 
 
 def test_train_then_generate(tmp_path, capsys, text, device):
@@ -112,9 +104,9 @@ def test_train_then_generate(tmp_path, capsys, text, device):
     assert (model["num_pools"], model["num_experts"], model["num_experts_per_tok"]) == (2, 4, 2)
     assert [r["step"] for r in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 3]
 
-    assert "already holds a run" in errors(capsys, *arguments)
+    assert "already holds a run" in refusal(capsys, *arguments)
     changed = ["train", "--resume", "--out", str(out), "--seq-len", "64"]
-    assert "--seq-len must stay 32" in errors(capsys, *changed)
+    assert "--seq-len must stay 32" in refusal(capsys, *changed)
     assert cli.main(["train", "--resume", "--out", str(out), "--steps", "4"]) == 0
     assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 4
     capsys.readouterr()
@@ -169,7 +161,7 @@ def test_importing_unipool_loads_no_extra():
 
 def test_without_typer_only_the_doctor_works(monkeypatch, capsys):
     monkeypatch.setattr(cli, "typer", None)
-    assert 'needs typer: pip install "unipool[train]"' in errors(capsys, "train")
+    assert 'needs typer: pip install "unipool[train]"' in refusal(capsys, "train")
     assert cli.main(["doctor"]) == 0
 
 

@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+from commands import refusal
+
 from unipool import cli
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
@@ -38,8 +40,7 @@ def test_a_name_in_a_file_that_is_unknown_gets_the_nearest(tmp_path, monkeypatch
         ("wrong.json", '{"stpes": 5}'),
     ):
         Path(name).write_text(content)
-        assert cli.main(["train", "--config", name]) == 2
-        (line,) = capsys.readouterr().err.strip().splitlines()
+        line = refusal(capsys, "train", "--config", name)
         assert name in line
         assert "stpes" in line
         assert "steps" in line

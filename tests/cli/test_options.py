@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import pytest
 import typer
+from commands import refusal
 
 from unipool import cli, configs
 from unipool.cli.options import command
@@ -229,12 +230,11 @@ def test_a_runs_config_is_a_config_file(tmp_path, capsys, monkeypatch):
     Path("config.json").write_text(config.to_json())
     assert read_options(Path("config.json"), TrainConfig) == dataclasses.asdict(config)
     assert json.loads(config.to_json())["lr"] == 1e-3
-    assert cli.main(["train", "--config", "config.json"]) == 2
-    assert "data: /no/such/file does not exist" in capsys.readouterr().err
-    assert cli.main(["train", "--config", "config.json", "--steps", "0"]) == 2
-    assert "--steps must be >= 1, got 0" in capsys.readouterr().err
+    given = ["train", "--config", "config.json"]
+    assert "data: /no/such/file does not exist" in refusal(capsys, *given)
+    assert "--steps must be >= 1, got 0" in refusal(capsys, *given, "--steps", "0")
 
 
 def test_an_unknown_option_names_the_nearest(capsys):
-    assert cli.main(["train", "--stpes", "3"]) == 2
-    assert "No such option: --stpes; did you mean --steps? (see --help)" in capsys.readouterr().err
+    said = refusal(capsys, "train", "--stpes", "3")
+    assert "No such option: --stpes; did you mean --steps? (see --help)" in said

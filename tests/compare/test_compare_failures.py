@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import refusal
 from sweeps import results_of
 
 from unipool import cli
@@ -197,23 +198,20 @@ def test_figures_show_axes_with_three_values_or_more(tmp_path, monkeypatch):
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, text, capsys, options, message):
     out = tmp_path / "out"
     given = options if "--resume" in options else [*options, f"--data={text}"]
-    assert cli.main(["compare", *given, "--out", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in refusal(capsys, "compare", *given, "--out", out)
     assert not out.exists()
 
 
 def test_a_folder_in_use_is_refused(tmp_path, capsys, sweep):
     folder, _ = sweep
-    assert cli.main(["compare", "--pools=1", "--out", str(folder)]) == 2
-    assert "already holds a sweep: add --resume to go on" in capsys.readouterr().err
+    held = refusal(capsys, "compare", "--pools=1", "--out", folder)
+    assert "already holds a sweep: add --resume to go on" in held
     (tmp_path / "notes.txt").write_text("mine")
-    assert cli.main(["compare", "--pools=1", "--out", str(tmp_path)]) == 2
-    assert "is not empty and holds no sweep" in capsys.readouterr().err
+    other = refusal(capsys, "compare", "--pools=1", "--out", tmp_path)
+    assert "is not empty and holds no sweep" in other
     (tmp_path / "sweep.json").write_text('{"scale": "tiny"}')
-    assert cli.main(["compare", "--resume", "--out", str(tmp_path)]) == 2
-    assert "sweep.json is not a sweep" in capsys.readouterr().err
+    resumed = refusal(capsys, "compare", "--resume", "--out", tmp_path)
+    assert "sweep.json is not a sweep" in resumed
 
 
 def test_sizes_are_numbers_or_parts():

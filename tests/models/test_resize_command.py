@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from commands import output, refusal
 from resized import make_trained
 from small_models import make_ids
 
@@ -32,13 +33,11 @@ def checkpoint(tmp_path):
 
 @pytest.mark.any_device
 def test_command_resizes_a_checkpoint_with_its_optimizer(checkpoint, tmp_path, capsys):
-    from unipool import cli
     from unipool.files import folder_fault
 
     out = tmp_path / "grown" / "step-3"
-    capsys.readouterr()
-    assert cli.main(["resize", str(checkpoint), str(out), "--experts", "6", "--ids", "1,3"]) == 0
-    assert "pool 0: experts 0-3 1 3 of before" in capsys.readouterr().out
+    said = output(capsys, "resize", checkpoint, out, "--experts", "6", "--ids", "1,3")
+    assert "pool 0: experts 0-3 1 3 of before" in said
     assert folder_fault(out) is None
     assert {path.name for path in checkpoint.iterdir()} == {path.name for path in out.iterdir()}
     before, after = (UniPoolForCausalLM.from_pretrained(path) for path in (checkpoint, out))
@@ -55,7 +54,6 @@ def test_command_resizes_a_checkpoint_with_its_optimizer(checkpoint, tmp_path, c
 @pytest.mark.any_device
 def test_a_run_goes_on_from_a_resized_checkpoint(checkpoint, tmp_path, capsys):
     """The run's options still say four experts; what counts is the checkpoint's model."""
-    from unipool import cli
     from unipool.training.metrics import read_metrics
 
     run, grown = checkpoint.parent.parent, tmp_path / "grown"
@@ -63,10 +61,8 @@ def test_a_run_goes_on_from_a_resized_checkpoint(checkpoint, tmp_path, capsys):
     resized.parent.mkdir(parents=True)
     for name in ("config.json", "data.key", "metrics.jsonl"):
         shutil.copy2(run / name, grown / name)
-    assert cli.main(["resize", str(checkpoint), str(resized), "--experts", "6"]) == 0
-    capsys.readouterr()
-    assert cli.main(["train", "--resume", "--out", str(grown), "--steps", "8"]) == 0
-    assert "from step 3" in capsys.readouterr().out
+    output(capsys, "resize", checkpoint, resized, "--experts", "6")
+    assert "from step 3" in output(capsys, "train", "--resume", "--out", grown, "--steps", "8")
     assert read_metrics(grown / "metrics.jsonl")[-1]["step"] == 8
     before, after = (UniPoolForCausalLM.from_pretrained(p) for p in (resized, grown / "model"))
     assert after.config.num_experts == 6
@@ -79,19 +75,16 @@ def test_a_run_goes_on_from_a_resized_checkpoint(checkpoint, tmp_path, capsys):
 
 @pytest.mark.any_device
 def test_command_drops_by_a_load_from_a_file(checkpoint, tmp_path, capsys):
-    from unipool import cli
 
     load = tmp_path / "load.json"
     load.write_text(json.dumps([[5, 0, 7, 1], [1, 0, 3, 9]]))
-    arguments = ["resize", str(checkpoint.parent.parent), str(tmp_path / "small")]
-    capsys.readouterr()
-    assert cli.main([*arguments, "--experts", "3", "--load", str(load)]) == 0
-    assert "pool 0: experts 0 2-3 of before" in capsys.readouterr().out
+    arguments = ["resize", checkpoint.parent.parent, tmp_path / "small"]
+    said = output(capsys, *arguments, "--experts", "3", "--load", load)
+    assert "pool 0: experts 0 2-3 of before" in said
 
 
 @pytest.mark.any_device
 def test_command_refuses_in_one_line(checkpoint, tmp_path, capsys):
-    from unipool import cli
 
     broken = tmp_path / "broken.json"
     broken.write_text('{"load": 1}')
@@ -103,18 +96,13 @@ def test_command_refuses_in_one_line(checkpoint, tmp_path, capsys):
         (["--experts", "5", "--load", str(broken)], "must be JSON"),
         (["--experts", "5", "--load", "nowhere"], "--load nowhere"),
     ]:
-        capsys.readouterr()
-        code = cli.main(["resize", str(checkpoint), str(tmp_path / "new"), *arguments])
-        error = capsys.readouterr().err
-        assert (code, error.count("\n")) == (2, 1), error
-        assert message in error
+        assert message in refusal(capsys, "resize", checkpoint, tmp_path / "new", *arguments)
         assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.any_device
 def test_command_refuses_damaged_and_foreign_files_in_one_line(tmp_path, capsys):
     pytest.importorskip("typer")
-    from unipool import cli
 
     model, optimizer = make_trained()
     model.save_pretrained(tmp_path / "one")
@@ -132,10 +120,6 @@ def test_command_refuses_damaged_and_foreign_files_in_one_line(tmp_path, capsys)
             path.write_bytes(content)
         else:
             torch.save(content, path)
-        capsys.readouterr()
-        arguments = ["--experts", "7", "--ids", "1"]
-        code = cli.main(["resize", str(tmp_path / "one"), str(tmp_path / "new"), *arguments])
-        error = capsys.readouterr().err
-        assert (code, error.count("\n")) == (2, 1), error
-        assert message in error
+        arguments = [tmp_path / "one", tmp_path / "new", "--experts", "7", "--ids", "1"]
+        assert message in refusal(capsys, "resize", *arguments)
         assert not (tmp_path / "new").exists()

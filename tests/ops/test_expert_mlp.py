@@ -5,7 +5,7 @@ import pytest
 import torch
 from cases import BY_NAME, Case, acc_dtype, plan, rand
 from specs import EXPERT_MLP, oracle, pairs, run, to_device
-from suite import EXPERT_SIZES, check_against_oracle, check_empty_experts
+from suite import EXPERT_SIZES, check_against_oracle, check_empty_experts, check_group_sizes
 from tolerance import Tolerance, check_close, check_results
 
 from unipool import ops, reference
@@ -23,10 +23,7 @@ def test_expert_mlp_adversarial_sizes(T, M, k, D, F, dtype, device):
 
 
 def test_expert_mlp_of_every_group_size_up_to_70(dtype, device):
-    """One expert with n rows for each n, beside one with a few: block edges of the products."""
-    for T in range(1, 71, 3):
-        case = Case(f"group{T}", T, 2, 1, 24, 40, routing="one")
-        check_against_oracle(EXPERT_MLP, case, dtype, device)
+    check_group_sizes(EXPERT_MLP, dtype, device)
 
 
 def test_expert_mlp_gives_experts_without_tokens_exactly_zero(dtype, device, poisoned_memory):

@@ -5,6 +5,7 @@ import json
 import math
 
 import torch
+from commands import refusal
 from lm_eval.api.instance import Instance
 from transformers import (
     LlamaConfig,
@@ -54,11 +55,7 @@ def by_task(found):
 
 def errors(capsys, *arguments, code=2):
     """The one line on stderr of an evaluation that must fail with `code`."""
-    assert cli.main(["eval", *map(str, arguments)]) == code
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1, captured.err
-    assert captured.out == ""
-    return captured.err
+    return refusal(capsys, "eval", *arguments, code=code)
 
 
 def successor_model(kind, successors, otherwise, weight=8.0):

@@ -51,3 +51,10 @@ def check_empty_experts(
         per_expert = got[name].cpu().flatten(1)
         assert per_expert[empty].eq(0).all(), name
         assert per_expert[counts > 0].ne(0).any(1).all(), name
+
+
+def check_group_sizes(spec: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
+    """One expert with n rows for each n, beside one with a few: block edges of the products."""
+    for T in range(1, 71, 3):
+        case = Case(f"group{T}", T, 2, 1, 24, 40, routing="one")
+        check_against_oracle(spec, case, dtype, device)
