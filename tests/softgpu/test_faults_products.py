@@ -66,7 +66,7 @@ FAULTS = [
     Fault("table_not_advanced", WGRAD, LOADERS, "«table += Operand::kDepth * stride;»", ";"),
     Fault(
         *("segments_on_each_other", WGRAD, WGRAD),
-        *("plan.starts[s * args.experts + e] = «count»;", "0"),
+        *("plan.starts[s * args.experts + e] = counts ? «count» : kNoRows;", "0"),
     ),
     Fault("stale_expert", WGRAD, WGRAD, "if («depth == 0 && p.add») return;", "depth == 0"),
 ]
