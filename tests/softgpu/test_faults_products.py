@@ -51,7 +51,7 @@ FAULTS = [
     ),
     Fault(
         *("stale_tail", ROWS, SCHEDULE),
-        *("__ldg(offsets_ + group + 1) : «rows_»", "__ldg(offsets_ + group)"),
+        *("offset(group + 1) : «rows_»", "offset(group)"),
     ),
     Fault("tail_multiplied", ROWS, PRODUCT, "load_b, tail ? «0» : ceil_div", "1"),
     Fault(
