@@ -185,7 +185,7 @@ def all_calls(tokens: int = TOKENS) -> list[Call]:
 # --- check and timing
 
 
-def _run(call: Call, arguments: Arguments) -> list[Tensor]:
+def run_call(call: Call, arguments: Arguments) -> list[Tensor]:
     results = getattr(torch.ops.unipool, call.op)(*arguments)
     return [results] if isinstance(results, Tensor) else list(results)
 
@@ -200,7 +200,7 @@ def check(call: Call, tokens: int) -> None:
     """The op on the GPU against the CPU."""
     arguments = call.arguments(tokens)
     for i, (got, want) in enumerate(
-        zip(_run(call, _to_cuda(arguments)), _run(call, arguments), strict=True)
+        zip(run_call(call, _to_cuda(arguments)), run_call(call, arguments), strict=True)
     ):
         what = f"{call.name}: result {i}"
         if want.is_floating_point():
@@ -236,7 +236,7 @@ def bench(call: Call, copy_bandwidth: float, runs: int) -> dict:
     check(call, min(tokens, CHECK_TOKENS))
     with torch.device("cuda"):
         arguments = call.arguments(tokens)
-    ways = {call.name: lambda: _run(call, arguments), "copy": copy_of(call.traffic.moved)}
+    ways = {call.name: lambda: run_call(call, arguments), "copy": copy_of(call.traffic.moved)}
     (timing, copy), host_share = interleave_on_gpu(ways, warmup=WARM_UPS, runs=runs)
     share = copy.median / timing.median
     result = {

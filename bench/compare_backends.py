@@ -9,10 +9,7 @@ what tests/support/tolerance.py allows one of them from the exact result.
 """
 
 import argparse
-import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,38 +28,19 @@ from cases import Case  # noqa: E402
 from specs import OpSpec  # noqa: E402
 from tolerance import PER_ROW, unit_error  # noqa: E402
 
-OP_MODULES = [
-    importlib.import_module(f"unipool.ops.{stem}")
-    for stem in ("router", "router_logits", "dispatch", "grouped_mm", "expert_mlp")
-]
-
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Where tensors live, and the torch.ops namespace of the kernels."""
+    """Kernels, named after the device on which their tensors live."""
 
     name: str
-    device: str
-    namespace: str
     dtypes: tuple[torch.dtype, ...]
 
-    @contextmanager
-    def selected(self) -> Iterator[None]:
-        modules = OP_MODULES
-        before = [module._ops for module in modules]
-        try:
-            for module in modules:
-                module._ops = getattr(torch.ops, self.namespace)
-            yield
-        finally:
-            for module, raw in zip(modules, before, strict=True):
-                module._ops = raw
 
-
-CPU = Backend("cpu", "cpu", "unipool", (F32, BF16))
-CUDA = Backend("cuda", "cuda", "unipool", (F32, BF16, F16))
+CPU = Backend("cpu", (F32, BF16))
+CUDA = Backend("cuda", (F32, BF16, F16))
 
 
 @dataclass(frozen=True)
@@ -93,9 +71,8 @@ class Difference:
 
 def results_on(backend: Backend, spec: OpSpec, case: Case, dtype: torch.dtype) -> dict:
     """Results and gradients of an op on a backend, on the CPU."""
-    inputs = specs.to_device(spec.inputs(case, dtype), torch.device(backend.device))
-    with backend.selected():
-        results = specs.run(spec, case, ops, inputs)
+    inputs = specs.to_device(spec.inputs(case, dtype), torch.device(backend.name))
+    results = specs.run(spec, case, ops, inputs)
     return {name: None if t is None else t.cpu() for name, t in results.items()}
 
 

@@ -10,12 +10,15 @@ from statistics import fmean, stdev
 from unipool.report.tables import markdown, with_spread
 
 # Quantile 0.975 of Student's t by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+QUANTILES = {
+    **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571},
+    **{6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
+}
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): the 95 % interval of the mean of two to ten independent values."""
-    middle, half = fmean(values), _T[len(values) - 1] * stdev(values) / len(values) ** 0.5
+    middle, half = fmean(values), QUANTILES[len(values) - 1] * stdev(values) / len(values) ** 0.5
     return middle, middle - half, middle + half
 
 

@@ -204,7 +204,7 @@ def _check_library(report: dict, torch) -> None:
         _note(report, "there is a GPU, but the CUDA ops were not built: the CPU ops are used", fix)
     devices = ["cpu"] + (["cuda"] if has_cuda_ops and report["cuda"]["gpus"] else [])
     for device in devices:
-        report["self_test"] += _self_test(torch, unipool_ops, reference, device)
+        report["self_test"] += self_test(torch, unipool_ops, reference, device)
     for result in report["self_test"]:
         if not result["ok"]:
             what = f"{result['op']} on {result['device']}: {result['detail']}"
@@ -239,7 +239,7 @@ def _build_info(report: dict) -> dict | None:
     return dict(_C.build_info())
 
 
-def _self_test(torch, ops, reference, device: str) -> list[dict]:
+def self_test(torch, ops, reference, device: str) -> list[dict]:
     """Each op, forward and backward, against the reference in float64: one entry an op."""
     generator = torch.Generator().manual_seed(0)
     T, M, D, F, k = 64, 7, 24, 40, 2

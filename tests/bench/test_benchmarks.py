@@ -31,13 +31,13 @@ def test_necessary_bytes_are_those_of_the_tensors(call: bench_kernels.Call) -> N
     }
     formula = formulas[call.op.replace("softmax", "norm")]
     arguments = call.arguments(tokens)
-    total = nbytes(arguments) + nbytes(bench_kernels._run(call, arguments))
+    total = nbytes(arguments) + nbytes(bench_kernels.run_call(call, arguments))
     scalars = 4 * ({"norm_topk": 1, "norm_topk_bwd": 2}.get(call.op, 0))
     assert formula().necessary == total - scalars
 
 
 def test_bytes_of_the_documented_shapes() -> None:
-    """The figures of docs/kernels.md, in MB."""
+    """The figures of docs/cuda-kernels.md, in MB."""
     b = bench_kernels
     documented = [
         (b.topk_bytes(65536, 384, 1), 101.2, 103.6),

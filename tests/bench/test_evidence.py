@@ -14,12 +14,12 @@ import evidence_tables as tables  # noqa: E402
 CONTENT = json.loads((ROOT / "bench" / "results" / "evidence.json").read_text())
 
 
-@pytest.mark.parametrize("freedom", tables._T)
+@pytest.mark.parametrize("freedom", tables.QUANTILES)
 def test_quantiles_are_those_of_students_t(freedom):
     """The density between -t and t, integrated, is 0.95 of all."""
     angle = np.linspace(-np.pi / 2, np.pi / 2, 2_000_001)[1:-1]  # x = sqrt(n) tan(angle)
     density = np.cos(angle) ** (freedom - 1)
-    inside = np.abs(np.sqrt(freedom) * np.tan(angle)) <= tables._T[freedom]
+    inside = np.abs(np.sqrt(freedom) * np.tan(angle)) <= tables.QUANTILES[freedom]
     assert density[inside].sum() / density.sum() == pytest.approx(0.95, abs=1e-4)
 
 

@@ -7,8 +7,8 @@ their own size. Bounds are relative errors in the L2 norm, of each token's logit
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import cases
 import devices
@@ -17,6 +17,7 @@ import specs
 import torch
 from tolerance import check_results
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,8 +25,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # noqa: 
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa: E402
 
 import unipool.integrations.transformers as integration  # noqa: E402
-
-experts_module = sys.modules["unipool.ops.expert_mlp"]
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -95,19 +94,23 @@ def assert_close(actual, expected, bound):
         assert error <= bound, f"{key}: relative error {error:.2g}, allowed {bound:.2g}"
 
 
+class FusedForwards(TorchDispatchMode):
+    """Keeps the arguments of each fused forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.unipool.expert_mlp.default:
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple]:
-    """The arguments of each fused forward."""
-    recorded, ops = [], experts_module._ops
-
-    def recorder(*arguments):
-        recorded.append(arguments)
-        return ops.expert_mlp(*arguments)
-
-    names = ("expert_mlp_bwd", "expert_mlp_bwd_", "grouped_wgrad")
-    swapped = SimpleNamespace(expert_mlp=recorder, **{n: getattr(ops, n) for n in names})
-    monkeypatch.setattr(experts_module, "_ops", swapped)
-    return recorded
+def calls() -> Iterator[list[tuple]]:
+    with FusedForwards() as forwards:
+        yield forwards.calls
 
 
 # --- models

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the sources are kept: an op under one stem everywhere, functions and files of a readable
-length, nothing private used from outside."""
+length."""
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
+from sources import ROOT, python_files, tracked
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGEST_FUNCTION = 60  # lines, without its docstring
 LONGEST_TEST_FILE = 400
 
@@ -21,11 +19,6 @@ TABLES = {
     "softgpu/ptx/opcode.cpp": {"table"},
     "softgpu/runtime/devices.cpp": {"cudaDeviceGetAttribute"},
 }
-# What transformers and lm-eval let others override.
-THEIRS = {"_save_checkpoint", "_load_rng_state", "_load_from_checkpoint", "_model_call"}
-
-REPLACING = {"setattr", "delattr", "patch", "object"}
-
 # An op's rooms. router_logits on CUDA is cuBLAS's product: no kernel, so no launcher.
 STEMS = ("router", "router_logits", "dispatch", "grouped_mm", "grouped_wgrad", "expert_mlp")
 ROOMS = (
@@ -43,21 +36,6 @@ BESIDE = (  # modules on the op, and kernels without torch
     r"tests/softgpu/test_kernels_{}\.py",
     r"bench/results/.*",
 )
-
-
-@cache
-def tracked() -> list[str]:
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if found.returncode != 0:
-        pytest.skip("not a checkout")
-    return [name for name in found.stdout.split("\n") if name and (ROOT / name).is_file()]
-
-
-def python_files() -> Iterator[tuple[str, ast.Module]]:
-    for name in tracked():
-        if name.endswith(".py"):
-            yield name, ast.parse((ROOT / name).read_text(encoding="utf-8"))
 
 
 def code_lines(function: ast.FunctionDef) -> int:
@@ -110,36 +88,6 @@ def test_test_files_can_be_read_at_once():
     files = [name for name in tracked() if name.startswith("tests/")]
     sizes = {name: (ROOT / name).read_text(encoding="utf-8").count("\n") for name in files}
     assert not {name: size for name, size in sizes.items() if size > LONGEST_TEST_FILE}
-
-
-def is_private(name: str) -> bool:
-    return (
-        name.startswith("_")
-        and not name.startswith("__")
-        and name not in {"_C", "_library", "_ops"}
-    )
-
-
-def private_uses(tree: ast.Module) -> Iterator[str]:
-    """Private names that are imported, or replaced by setattr or delattr, by name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            yield from (alias.name for alias in node.names if is_private(alias.name))
-        if getattr(getattr(node, "func", None), "attr", "") not in REPLACING:
-            continue
-        named = [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
-        last = [str(name).split(".")[-1] for name in named]
-        yield from (name for name in last if is_private(name) and name not in THEIRS)
-
-
-def test_nothing_private_is_imported_or_replaced():
-    found = {name: sorted(private_uses(tree)) for name, tree in python_files()}
-    assert not {name: uses for name, uses in found.items() if uses}
-
-
-def test_the_look_for_private_names_finds_them():
-    source = "from a import _b\nm.setattr(files, '_sync', f)\nm.setattr('a.b._c', f)\nm.get('_d')"
-    assert sorted(private_uses(ast.parse(source))) == ["_b", "_c", "_sync"]
 
 
 @pytest.mark.parametrize("stem", STEMS)
