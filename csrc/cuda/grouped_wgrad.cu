@@ -34,7 +34,8 @@ struct RowAddresses {
   const void* input;
 };
 
-// In the workspace. starts[s][e]: rows of e in the segments before s.
+// In the workspace. starts[s][e]: rows of e in the segments before s; kNoRows in segments whose
+// offsets descend somewhere, which have none: the table is then full whatever they say.
 struct MergedPlan {
   uint4* zeros;  // a row of zeros: both operands of a row whose slot is none of its segment's
   int zero_chunks;
@@ -57,24 +58,44 @@ struct MergedPlan {
         starts(offsets + experts + 1) {}
 };
 
+constexpr int kNoRows = -1;
+
 // The end of a segment's experts before e, which is at most its number of rows.
 __device__ __forceinline__ int bounded_offset(const WgradSegment& segment, int e) {
   return min(max(__ldg(segment.offsets + e), 0), int(segment.rows));
 }
 
-// One block, one thread per expert. Reads the offsets of all segments.
+// Bit s % 32 of word s / 32: segment s has offsets that descend. One thread per expert; begins and
+// ends with a barrier.
+__device__ __forceinline__ void find_descending(const GroupedWgradArgs& args, uint32_t* bits) {
+  const int e = threadIdx.x;
+  if (e < kWgradSegmentLimit / 32) bits[e] = 0;
+  __syncthreads();
+#pragma unroll 4
+  for (int s = 0; s < args.count; ++s) {
+    const bool descends = e < args.experts && bounded_offset(args.segments[s], e + 1) <
+                                                  bounded_offset(args.segments[s], e);
+    if (descends) atomicOr(bits + s / 32, 1u << s % 32);
+  }
+  __syncthreads();
+}
+
+// One block, one thread per expert. Reads the offsets of all segments twice.
 __global__ __launch_bounds__(kExpertLimit) void merge_offsets_kernel(
     const __grid_constant__ GroupedWgradArgs args, const MergedPlan plan) {
   __shared__ int32_t warp_sums[kWarp];
+  __shared__ uint32_t descending[kWgradSegmentLimit / 32];
   const int e = threadIdx.x, warp = e / kWarp, lane = e % kWarp;
   const bool exists = e < args.experts;
+  find_descending(args, descending);
   int count = 0;
 #pragma unroll 4
   for (int s = 0; s < args.count; ++s) {
     if (!exists) continue;
     const WgradSegment& segment = args.segments[s];
-    plan.starts[s * args.experts + e] = count;
-    count += max(bounded_offset(segment, e + 1) - bounded_offset(segment, e), 0);
+    const bool counts = (descending[s / 32] >> s % 32 & 1) == 0;
+    plan.starts[s * args.experts + e] = counts ? count : kNoRows;
+    if (counts) count += bounded_offset(segment, e + 1) - bounded_offset(segment, e);
   }
   int warp_total;
   int first = exclusive_scan(count, lane, warp_total);
@@ -98,9 +119,10 @@ __global__ __launch_bounds__(kFillThreads) void fill_rows_kernel(
     const int middle = (expert + end) / 2;
     (bounded_offset(segment, middle) <= row ? expert : end) = middle;
   }
-  const int64_t at = int64_t(plan.offsets[expert]) +
-                     plan.starts[int(blockIdx.y) * args.experts + expert] + row -
-                     bounded_offset(segment, expert);
+  const int start = plan.starts[int(blockIdx.y) * args.experts + expert];
+  const int64_t among = row - bounded_offset(segment, expert);  // the expert's rows in the segment
+  if (start == kNoRows || among < 0) return;
+  const int64_t at = int64_t(plan.offsets[expert]) + start + among;
   if (at >= plan.total) return;
   const int slot = segment.order == nullptr ? 0 : checked_index(segment.order, row, segment.rows);
   if (slot < 0) {

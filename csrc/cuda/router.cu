@@ -148,8 +148,7 @@ __device__ __forceinline__ Choice<L> choose(const float (&s)[L::kItems], uint32_
 template <class L, class Score>
 __device__ __forceinline__ Slots<L, float> weights_of(const RouterArgs& a, const Score& score,
                                                       const typename Score::Row& row,
-                                                      const RowWalk<L>& walk,
-                                                      Choice<L>& choice) {
+                                                      const RowWalk<L>& walk, Choice<L>& choice) {
   Slots<L, float> w;
 #pragma unroll
   for (int i = 0; i < w.kEach; ++i) {

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models, files and a wide terminal for the tests of `unipool eval`."""
 
+from importlib.util import find_spec
+
 import eval_sets
 import pytest
-import torch
-from eval_runs import save, train
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+
+if any(find_spec(package) is None for package in ("lm_eval", "typer", "transformers")):
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -18,11 +17,17 @@ def wide_terminal(monkeypatch, small_scale):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    from eval_runs import train
+
     return train(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
+    import torch
+    from eval_runs import save
+    from transformers import MixtralConfig, MixtralForCausalLM
+
     torch.manual_seed(2)
     sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}

@@ -97,7 +97,7 @@ class GemmLaunchers(Launchers):
         if out is None:
             out = self.place(fresh(sizes, dtype if out_dtype is None else out_dtype))
         rows, row_bytes = sum(s.rows for s in segments), max(n, k) * dtype.itemsize
-        workspace = self._workspace("grouped_wgrad", c_int64(rows), experts, c_int64(row_bytes))
+        workspace = self.workspace("grouped_wgrad", c_int64(rows), experts, c_int64(row_bytes))
         args = GroupedWgradArgs()
         for i, s in enumerate(segments):
             args.segments[i] = WgradSegment(*map(pointer, s.tensors), s.rows)

@@ -210,7 +210,7 @@ class Launchers:
             fresh((experts,), torch.int32),
             fresh((experts,), torch.float32),
         ]
-        workspace = self._workspace("router", c_int64(tokens), experts)
+        workspace = self.workspace("router", c_int64(tokens), experts)
         tensors = [logits, bias, mask, *results, workspace]
         pointers = [pointer(t) for t in tensors]
         args = RouterArgs(*pointers, tokens, experts, top_k, DTYPES.index(logits.dtype))
@@ -221,7 +221,7 @@ class Launchers:
         grad_logits = fresh(logits.shape, logits.dtype)
         if logits.data_ptr() % 16:  # misaligned as its logits are
             grad_logits = misaligned(grad_logits)
-        workspace = self._workspace("router_bwd", c_int64(tokens))
+        workspace = self.workspace("router_bwd", c_int64(tokens))
         tensors = [grad_weights, grad_importance, logits, experts, mask, grad_logits, workspace]
         dtype = DTYPES.index(logits.dtype)
         pointers = [pointer(t) for t in tensors]
@@ -235,7 +235,7 @@ class Launchers:
         """order [N], inverse [N], offsets [M + 1]"""
         slots = sum(e.numel() for e in experts)
         results = [fresh((n,), torch.int32) for n in (slots, slots, num_experts + 1)]
-        workspace = self._workspace("dispatch_plan", c_int64(slots), num_experts)
+        workspace = self.workspace("dispatch_plan", c_int64(slots), num_experts)
         args = DispatchPlanArgs()
         for i, e in enumerate(experts):
             args.experts[i], args.slots[i] = e.data_ptr(), e.numel()
@@ -283,11 +283,16 @@ class Launchers:
 
     # --- calls
 
-    def _workspace(self, op: str, *sizes: object) -> Tensor:
-        return _full((self.lib.workspace_bytes(op, *sizes),), torch.uint8, 255)
+    def workspace(self, op: str, *sizes: object) -> Tensor:
+        """With a margin on both sides that belongs to no tensor: a step beside it is seen."""
+        size = self.lib.workspace_bytes(op, *sizes)
+        return _full((size + 2 * MARGIN,), torch.uint8, 255)[MARGIN : MARGIN + size]
 
     def _launch(self, op: str, args: ctypes.Structure, tensors: Sequence[Tensor | None]) -> None:
         self.lib.call(op, args, [t for t in tensors if t is not None])
+
+
+MARGIN = 4096  # bytes, a multiple of all alignments
 
 
 def pointer(t: Tensor | None) -> int | None:

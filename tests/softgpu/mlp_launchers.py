@@ -97,7 +97,7 @@ class MlpLaunchers(Launchers):
         grad_preact = preact if in_place else self._output(rows, 2 * d_ff, grad.dtype)
         hidden = self._output(rows, d_ff, grad.dtype)
         grad_weights = fresh(layer.weights.shape, torch.float32)
-        workspace = self._workspace("expert_hidden_bwd", c_int64(rows), c_int64(d_ff))
+        workspace = self.workspace("expert_hidden_bwd", c_int64(rows), c_int64(d_ff))
         inputs = [self.place(grad), self.place(layer.down), layer.weights]
         inputs += [layer.order, layer.inverse, layer.offsets, preact]
         tensors = [*inputs, grad_preact, hidden, grad_weights, workspace]

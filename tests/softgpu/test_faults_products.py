@@ -51,7 +51,7 @@ FAULTS = [
     ),
     Fault(
         *("stale_tail", ROWS, SCHEDULE),
-        *("__ldg(offsets_ + group + 1) : «rows_»", "__ldg(offsets_ + group)"),
+        *("offset(group + 1) : «rows_»", "offset(group)"),
     ),
     Fault("tail_multiplied", ROWS, PRODUCT, "load_b, tail ? «0» : ceil_div", "1"),
     Fault(
@@ -66,7 +66,7 @@ FAULTS = [
     Fault("table_not_advanced", WGRAD, LOADERS, "«table += Operand::kDepth * stride;»", ";"),
     Fault(
         *("segments_on_each_other", WGRAD, WGRAD),
-        *("plan.starts[s * args.experts + e] = «count»;", "0"),
+        *("plan.starts[s * args.experts + e] = counts ? «count» : kNoRows;", "0"),
     ),
     Fault("stale_expert", WGRAD, WGRAD, "if («depth == 0 && p.add») return;", "depth == 0"),
 ]

@@ -17,6 +17,7 @@ from gemm_launchers import (
 )
 from kernel_library import (
     SCHEDULES,
+    LaunchError,
     Lib,
     RefusedError,
     bits_equal,
@@ -314,15 +315,63 @@ def test_grouped_wgrad_of_foreign_slots(lib: Lib, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "offsets", [[0, 5, 2**31 - 1, 47], [-3, 5, 60, 61], [40, 5, 9, 90]], ids=str
+    ("offsets", "rows"),
+    [
+        ([0, 5, 2**31 - 1, 47], [0, 5, 47, 47]),
+        ([-3, 5, 60, 61], [0, 5, 47, 47]),
+        ([30, 35, 35, 44], [30, 35, 35, 44]),
+        ([40, 5, 9, 90], None),
+        ([0, 30, 10, 45], None),
+        ([9, 8, 7, 6], None),
+    ],
+    ids=str,
 )
-def test_grouped_wgrad_of_foreign_offsets(lib: Lib, offsets: list[int]) -> None:
-    """They say nothing, but no memory outside of the operands is touched: the checker would see."""
+def test_grouped_wgrad_of_foreign_offsets(
+    lib: Lib, offsets: list[int], rows: list[int] | None
+) -> None:
+    """They are cut to the rows that exist; a segment in which they descend has none. No memory
+    outside of the operands is touched: the checker would see."""
     case = Layers(((5, 0, 40), (60, 0, 1)), 136, 72)
     first, second = case.segments(torch.bfloat16)
-    segments = [replace(first, offsets=torch.tensor(offsets).int()), second]
+    filled = {"grad": first.grad.nan_to_num(1.0), "input": first.input.nan_to_num(1.0)}
+    first = replace(first, **filled)  # the rows past the last expert's count here
+    given = replace(first, offsets=torch.tensor(offsets).int())
+    meant = replace(first, offsets=torch.tensor(rows or [0, 0, 0, 0]).int())
     with running(SCHEDULES[0], check=True):
-        GemmLaunchers(lib).grouped_wgrad(segments, case.sizes)
+        out = GemmLaunchers(lib).grouped_wgrad([given, second], case.sizes)
+    expected = case.expected([meant, second])
+    _close(out.flatten(1), expected.flatten(1), case.depth, out.dtype)
+
+
+@pytest.mark.parametrize("offsets", [[70, 80, 90, 95], [-7, 0, 40, 2**31 - 1]], ids=str)
+@pytest.mark.parametrize("way", ["grouped_mm", "grouped_mm_bwd_a"])
+def test_products_of_foreign_offsets(lib: Lib, way: str, offsets: list[int]) -> None:
+    """They are cut to the rows that exist: no others are read or written."""
+    a, b = torch.ones(64, 72).bfloat16(), torch.ones(3, 72, 72).bfloat16()
+    with running(SCHEDULES[0], check=True):
+        out = getattr(GemmLaunchers(lib), way)(a, b, torch.tensor(offsets).int())
+    cut = torch.tensor(offsets).clamp(0, 64)
+    written = torch.zeros(64, 72)
+    written[cut[0] : cut[-1]] = 72
+    assert torch.equal(out[cut[0] :].float(), written[cut[0] :])
+
+
+@pytest.mark.parametrize("offsets", [[0, 30, 10, 64], [-7, 0, 2**31 - 1, 3]], ids=str)
+@pytest.mark.parametrize("way", ["grouped_mm", "grouped_mm_bwd_a"])
+def test_products_of_offsets_that_descend(lib: Lib, way: str, offsets: list[int]) -> None:
+    """Rows of two experts are written twice: a race, but of rows that exist."""
+    a, b = torch.ones(64, 72).bfloat16(), torch.ones(3, 72, 72).bfloat16()
+    multiply = getattr(GemmLaunchers(lib), way)
+    with running(SCHEDULES[0], check=True), pytest.raises(LaunchError, match=": race "):
+        multiply(a, b, torch.tensor(offsets).int())
+
+
+def test_a_workspace_has_nothing_beside_it(lib: Lib) -> None:
+    """What is written beside it is outside of what a kernel was given."""
+    workspace = GemmLaunchers(lib).workspace("grouped_wgrad", 64, 3, 144)
+    beside = workspace.untyped_storage().nbytes() - workspace.nbytes
+    assert workspace.storage_offset() >= 4096
+    assert beside >= 2 * 4096
 
 
 @pytest.mark.parametrize("counts", [((0, 0),), ((0, 0), (0, 0))], ids=str)

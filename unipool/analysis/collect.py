@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 class Score(NamedTuple):
     """Next-token prediction over a text."""
 
-    loss: float  # mean cross-entropy, nats a token
+    loss: float  # mean cross-entropy, nats per token
     accuracy: float  # fraction of tokens that got the greatest logit
     tokens: int
 

@@ -22,7 +22,7 @@ class LayerProbe:
     """One layer under random routing, one entry a seed; differences to the model as it is."""
 
     layer: int
-    loss: list[float]  # nats a token
+    loss: list[float]  # nats per token
     accuracy: list[float]
     loss_increase: float  # mean over seeds
     loss_spread: float | None  # standard deviation over seeds (n - 1); None for one seed

@@ -44,7 +44,7 @@ def analyze_checkpoint(config: AnalyzeConfig) -> tuple[Path, str]:
     numbers.update(checkpoint=str(subject.folder), text=subject.source)
     summary = (
         f"{numbers['model']} in {subject.folder}; {numbers['tokens']:,} tokens of text "
-        f"({subject.source}); loss {numbers['loss']:.4f} nats a token, next-token accuracy "
+        f"({subject.source}); loss {numbers['loss']:.4f} nats per token, next-token accuracy "
         f"{numbers['accuracy']:.2%}."
     )
     page = write_analysis(config.out, analysis, f"Routing of {config.checkpoint}", [summary])

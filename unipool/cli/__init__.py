@@ -7,6 +7,8 @@ a run that a signal stopped exits with 128 + the signal's number.
 """
 
 import sys
+import tempfile
+import traceback
 from typing import Annotated
 
 try:
@@ -47,7 +49,21 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own errors
             return _fail(f"{_parser_message(error)} (see --help)")
-        raise
+        return _fail(_unexpected(error), code=1)
+
+
+def _unexpected(error: Exception) -> str:
+    """The line for what nobody foresaw; the traceback is in a file that it names."""
+    text = "".join(traceback.format_exception(error))
+    what = " ".join(traceback.format_exception_only(error)[-1].split())
+    try:
+        handle, path = tempfile.mkstemp(prefix="unipool-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:
+        print(text, file=sys.stderr)
+        path = "above"
+    return f"an error of UniPool itself: {what} (traceback: {path}; please report it)"
 
 
 def _parser_message(error) -> str:

@@ -22,7 +22,7 @@ def _show(result, subject) -> None:
 
     console = Console()
     console.print(
-        f"{type(subject.model).__name__}: loss {result.loss:.4f} nats a token, accuracy "
+        f"{type(subject.model).__name__}: loss {result.loss:.4f} nats per token, accuracy "
         f"{result.accuracy:.2%}, over {result.tokens:,} tokens ({subject.source})",
         highlight=False,
         soft_wrap=True,

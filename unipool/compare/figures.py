@@ -53,7 +53,7 @@ def differences_figure(variants: list[dict]) -> Figure:
             )
         axes.axvline(0, color=_GRAY, linewidth=0.8)
         axes.set_yticks(range(len(entries)), labels=[e["label"] for e in entries])
-        axes.set_xlabel("validation loss less that of the layer-private model (nats a token)")
+        axes.set_xlabel("validation loss less that of the layer-private model (nats per token)")
     return figure
 
 
@@ -75,7 +75,7 @@ def axis_figure(curves: dict[str, list[dict]], axis: str) -> Figure:
         axes.axhline(0, color=_GRAY, linestyle=":", label="layer-private model")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel({"pools": "pools G", "pool_size": "experts M of a pool"}[axis])
-        axes.set_ylabel("difference in validation loss (nats a token)")
+        axes.set_ylabel("difference in validation loss (nats per token)")
         axes.legend(frameon=False)
     return figure
 

@@ -46,7 +46,7 @@ class Member:
 class Outcome:
     """What a finished run measured.
 
-    val_loss in nats a token; train_loss: [step, nats a token] pairs; tokens_per_second: the mean.
+    val_loss: nats per token; train_loss: [step, nats per token] pairs; tokens_per_second: the mean.
     """
 
     val_loss: float

@@ -18,7 +18,7 @@ from unipool.training.config import TrainConfig
 def summarize(sweep: Sweep, members: list[Member]) -> dict:
     """Content of results.json.
 
-    Losses are nats a token. Each variant has `runs`, one entry a seed; `val_loss`, over the seeds
+    Losses are nats per token. Each variant has `runs`, one entry a seed; `val_loss`, over the seeds
     that are complete; and `difference`, of the validation loss to the layer-private model of the
     same granularity, seed by seed (equal seeds mean equal text, held-out text and order): negative
     is better. Both are {"mean", "std", "n"}: std is the sample's, None below two, mean None

@@ -49,7 +49,7 @@ class TokenData:
         return len(self.val) / self.val_bytes
 
     def bits_per_byte(self, nats_per_token: float) -> float:
-        """Held-out loss in nats a token, as bits a byte of text: comparable between tokenizers."""
+        """Held-out loss in nats per token, as bits per byte of text: alike for all tokenizers."""
         return nats_per_token * self.val_tokens_per_byte / math.log(2)
 
 

@@ -317,13 +317,14 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
 
         lm_loss = aux_loss = loss = None
+        share = 1.0
         if labels is not None:
+            kwargs["num_items_in_batch"], share = _targets_of_step(labels, **kwargs)
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         if self.training:
-            aux_loss = self.model.balance_loss(outputs.routings)
-            aux_loss = aux_loss * _micro_batch_share(labels, **kwargs)
+            aux_loss = self.model.balance_loss(outputs.routings) * share
         if lm_loss is not None:
             loss = lm_loss if aux_loss is None else lm_loss + aux_loss
         return UniPoolCausalLMOutput(
@@ -375,17 +376,24 @@ def _unpadded_tokens(attention_mask, batch: int, length: int) -> Tensor | None:
     return None if tokens.numel() == batch * length else tokens
 
 
-def _micro_batch_share(
-    labels, num_items_in_batch=None, shift_labels=None, ignore_index=-100, **_
-) -> Tensor | float:
-    """Weight of this micro-batch's balance loss in an optimizer step.
+def _targets_of_step(
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    **_,
+) -> tuple[Tensor, Tensor | float]:
+    """Target tokens that the language loss is divided by, and the weight of the balance loss.
 
-    With num_items_in_batch (target tokens of all micro-batches of the step) the language loss is a
-    sum divided by that number, so the losses of the micro-batches add up to one mean. The balance
-    loss is already a mean over the micro-batch: added whole, n micro-batches would count it n
-    times. Weighted by its part of the target tokens it stays a mean over the step, too.
+    With num_items_in_batch (target tokens of all micro-batches of an optimizer step) the language
+    loss is a sum divided by that number, so the losses of the micro-batches add up to one mean. The
+    balance loss is already a mean over the micro-batch: added whole, n micro-batches would count it
+    n times. Weighted by its part of the target tokens it stays a mean over the step, too. Without a
+    target there is no loss: the number is at least 1, so that it is 0 and not 0 / 0.
     """
-    if num_items_in_batch is None or (labels is None and shift_labels is None):
-        return 1.0
     targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return (targets != ignore_index).sum() / num_items_in_batch
+    here = (targets != ignore_index).sum()
+    if num_items_in_batch is None:
+        return here.clamp(min=1), 1.0
+    of_step = torch.as_tensor(num_items_in_batch, device=here.device).clamp(min=1)
+    return of_step, here / of_step

@@ -31,11 +31,12 @@ class PoolBalancer(nn.Module):
     Args:
         num_experts: M.
         coefficient: alpha.
-        delay: 0 takes f from the same call; 1 from the previous call in training mode (the paper's
+        delay: 0 takes f from the same call; 1 from the previous call that trained (the paper's
             choice; the loss of the very first call is zero).
 
     Attributes:
-        fraction: [M] float32 persistent buffer, f of the last call in training mode.
+        fraction: [M] float32 persistent buffer, f of the last call that trained: in training mode,
+            with gradients enabled, on at least one token. Generating does not move it.
     """
 
     fraction: Tensor
@@ -56,13 +57,14 @@ class PoolBalancer(nn.Module):
     def forward(self, routings: Sequence[Routing], top_k: int) -> Tensor:
         """The routings of the layers that share the pool, k experts per token -> scalar loss."""
         self._check(routings, top_k)
-        tokens = max(1, sum(routing.experts.shape[0] for routing in routings))
+        seen = sum(routing.experts.shape[0] for routing in routings)
+        tokens = max(1, seen)
         load = torch.stack([routing.load for routing in routings]).sum(0)
         importance = torch.stack([routing.importance for routing in routings]).sum(0)
         fraction = load.float() / (tokens * top_k)
         # A copy: the buffer is overwritten below, before the backward reads it.
         used = fraction if self.delay == 0 else _snapshot(self.fraction)
-        if self.training:
+        if self.training and torch.is_grad_enabled() and seen:
             self.fraction.copy_(fraction)
         mean_importance = importance / tokens
         return self.coefficient * self.num_experts * (used * mean_importance).sum()

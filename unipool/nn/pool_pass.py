@@ -16,6 +16,7 @@ from torch import Tensor
 from unipool.ops import Routing
 from unipool.ops.arguments import acc_dtype
 from unipool.ops.expert_mlp import pooled_expert_mlp
+from unipool.ops.first_order import first_order
 from unipool.ops.grouped_wgrad import WeightGradSegment
 
 WEIGHT_GRADS = ("deferred", "accumulate", "autograd")
@@ -64,6 +65,7 @@ class _Sums:
         self.gate_up: Tensor | None = None  # [M, 2F, D] acc
         self.down: Tensor | None = None  # [M, D, F] acc
         self.ready: _Ready | None = None  # gate_up and down
+        self.origins: list[Tensor] = []  # under create_graph: what the gradients depend on
 
     def hold(self, segment: WeightGradSegment) -> None:
         self.segments.append((segment, _Ready(segment.x.device)))
@@ -95,15 +97,28 @@ class GradientCollector:
         self.sums: dict[int, _Sums] = {}
         self.flushes = 0
 
-    def add(self, segment: WeightGradSegment, top_k: int, needs: tuple[bool, bool]) -> None:
-        """Called by a layer's backward; needs says which of (gate_up, down) want a gradient."""
+    def add(
+        self,
+        segment: WeightGradSegment,
+        top_k: int,
+        needs: tuple[bool, bool],
+        origins: tuple[Tensor, ...] = (),
+    ) -> None:
+        """Called by a layer's backward; needs says which of (gate_up, down) want a gradient, and
+        origins, under create_graph, what these gradients depend on."""
         sums = self.sums.setdefault(torch._C._current_graph_task_id(), _Sums())
+        sums.origins.extend(origins)
         if sums.segments and sums.top_k != top_k:
             self._flush(sums, needs)
         sums.top_k = top_k
         sums.hold(segment)
         if sums.held_bytes > self.window_bytes:
             self._flush(sums, needs)
+
+    def origins(self) -> list[Tensor]:
+        """What the gradients that `take` will give depend on; empty but under create_graph."""
+        sums = self.sums.get(torch._C._current_graph_task_id())
+        return [] if sums is None else sums.origins
 
     def take(
         self, needs: tuple[bool, bool], dtypes: tuple[torch.dtype, torch.dtype]
@@ -179,8 +194,9 @@ class PoolEntry(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, *direct):
+        ctx.origins = ctx.collector.origins()
         collected = ctx.collector.take(ctx.needs_input_grad[:2], ctx.dtypes)
         grads = []
         # direct: from uses of the weights that are not layers of ours, e.g. a penalty on them.

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unipool.ops.arguments import check_devices, check_int, check_tensors
+from unipool.ops.first_order import first_order
 
 _ops = torch.ops.unipool
 
@@ -69,7 +69,7 @@ class Permute(torch.autograd.Function):
         return _ops.permute(x, order, inverse.shape[1])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         return (None if grad is None else _ops.unpermute(grad, inverse, None)), None, None
@@ -84,7 +84,7 @@ class Unpermute(torch.autograd.Function):
         return _ops.unpermute(y, inverse, None)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         (order,) = ctx.saved_tensors
         return (None if grad is None else _ops.permute(grad, order, ctx.top_k)), None, None
@@ -98,7 +98,7 @@ class WeightedUnpermute(torch.autograd.Function):
         return _ops.unpermute(y, inverse, weights)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         y, weights, order, inverse = ctx.saved_tensors
         grads = (None, None)

@@ -3,10 +3,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unipool.ops.arguments import autocast, check_devices, check_tensors
 from unipool.ops.dispatch import dispatch_plan
+from unipool.ops.first_order import first_order
 from unipool.ops.grouped_wgrad import WeightGradCollector, WeightGradSegment
 from unipool.ops.router import Routing
 
@@ -81,7 +81,7 @@ class ExpertMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         x, weights, gate_up, down, order, inverse, offsets, preact = ctx.saved_tensors
         if grad is None:
@@ -100,7 +100,8 @@ class ExpertMLP(torch.autograd.Function):
             entry = ctx.next_functions[2 if needs[0] else 3][0]
             if torch._C._will_engine_execute_node(entry):
                 segment = WeightGradSegment(grad, x, grad_preact, hidden, order, offsets)
-                ctx.collector.add(segment, top_k, needs)
+                origins = (grad, x, weights, gate_up, down) if ctx.create_graph else ()
+                ctx.collector.add(segment, top_k, needs, origins)
             return grad_x, grad_weights, None, None, None, None, None, None
         if ctx.needs_input_grad[2]:
             grad_gate_up = _ops.grouped_wgrad([grad_preact], [x], [order], [offsets], 0, top_k)

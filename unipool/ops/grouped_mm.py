@@ -3,9 +3,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unipool.ops.arguments import autocast, check_devices, check_tensors
+from unipool.ops.first_order import first_order
 
 _ops = torch.ops.unipool
 
@@ -36,7 +36,7 @@ class GroupedMM(torch.autograd.Function):
         return _ops.grouped_mm(a, b, offsets)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         a, b, offsets = ctx.saved_tensors
         grad_a = grad_b = None

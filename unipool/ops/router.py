@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unipool.ops.arguments import acc_dtype, check_devices, check_int, check_tensors
+from unipool.ops.first_order import first_order
 
 _ops = torch.ops.unipool
 
@@ -77,7 +77,7 @@ class NormTopk(torch.autograd.Function):
         return weights, experts, load, importance
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_weights, _experts, _load, grad_importance):
         logits, scale, experts, mask = ctx.saved_tensors
         grads = (None, None)
@@ -101,7 +101,7 @@ class SoftmaxTopk(torch.autograd.Function):
         return weights, experts, load, importance
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_weights, _experts, _load, grad_importance):
         logits, experts, mask = ctx.saved_tensors
         grad = None

@@ -3,9 +3,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unipool.ops.arguments import acc_dtype, check_devices, check_tensors
+from unipool.ops.first_order import first_order
 
 _ops = torch.ops.unipool
 
@@ -35,7 +35,7 @@ class RouterLogits(torch.autograd.Function):
         return _ops.router_logits(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         return _ops.router_logits_bwd(grad, *ctx.saved_tensors)
 

@@ -137,8 +137,8 @@ def _describe(config: TrainConfig) -> str:
 def _entry(name: str, config: TrainConfig, result: RunResult) -> dict:
     """One run in the schema of metrics.json.
 
-    val_loss and train_loss: cross-entropy in nats a token (no balance loss). load: fraction of each
-    layer's tokens that each expert of its pool got over the validation text.
+    val_loss and train_loss: cross-entropy in nats per token (no balance loss). load: fraction of
+    each layer's tokens that each expert of its pool got over the validation text.
     """
     model_config = result.model.config
     counts = parameter_counts(model_config)

@@ -11,7 +11,7 @@ from unipool.data.tokens import ValBlocks
 
 @dataclass(frozen=True)
 class Validation:
-    """loss: mean cross-entropy in nats a token, without any balance loss.
+    """loss: mean cross-entropy in nats per token, without any balance loss.
 
     load: for each layer, the fraction of its (token, slot) pairs that each expert of its pool got;
     None for a model without experts.

@@ -3,7 +3,8 @@
 // their number only. Blocks walk over all tiles, blockIdx.x, + gridDim.x, ..., expert by expert and
 // within one columns by columns, so that a tile of weights leaves DRAM once and the row tiles that
 // share it run side by side. Experts without rows have no tile. Rows past offsets[M] are one more
-// group, with expert == experts: zeros are to be stored there.
+// group, with expert == experts: zeros are to be stored there. Whatever offsets say, tiles are of
+// rows that exist.
 #pragma once
 #include <algorithm>
 
@@ -57,7 +58,7 @@ class RowSchedule {
     const int64_t index = tile_ - int64_t(first_[group]) * column_tiles_;
     const int column = int(index / row_tiles);
     tile.expert = group;
-    tile.row = __ldg(offsets_ + group) + (int(index) - column * row_tiles) * Tile::kM;
+    tile.row = offset(group) + (int(index) - column * row_tiles) * Tile::kM;
     tile.rows = min(end_of(group) - tile.row, Tile::kM);
     tile.column = column * Tile::kN;
     tile_ += gridDim.x;
@@ -65,11 +66,14 @@ class RowSchedule {
   }
 
  private:
+  __device__ __forceinline__ int offset(int group) const {
+    return min(max(__ldg(offsets_ + group), 0), rows_);
+  }
   __device__ __forceinline__ int end_of(int group) const {
-    return group < experts_ ? __ldg(offsets_ + group + 1) : rows_;
+    return group < experts_ ? offset(group + 1) : rows_;
   }
   __device__ __forceinline__ int tiles_of(int group) const {
-    return ceil_div(end_of(group) - __ldg(offsets_ + group), Tile::kM);
+    return ceil_div(max(end_of(group) - offset(group), 0), Tile::kM);
   }
 
   // first_[g] = row tiles of the groups before g, for g <= experts + 1
