@@ -52,6 +52,14 @@ def test_a_bare_name_is_one_file():
     assert not [same for same in paths.values() if len(same) > 1]
 
 
+def test_no_test_file_is_imported():
+    """What two of them need is a file of its own."""
+    imported = re.compile(r"^ *(?:from|import) test_\w+", re.MULTILINE)
+    files = [n for n in tracked() if n.startswith("tests/") and n.endswith(".py")]
+    found = {name: imported.findall((ROOT / name).read_text(encoding="utf-8")) for name in files}
+    assert not {name: lines for name, lines in found.items() if lines}
+
+
 def test_files_that_sources_name_exist():
     """In comments, strings and recipes, from the root of the project."""
     missing = []

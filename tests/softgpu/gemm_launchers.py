@@ -3,17 +3,14 @@
 those of launchers.py."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
-from kernel_library import Lib
-from launchers import DTYPES, Launchers, fresh, on_device, pointer
+from launchers import AUTO_TILE, DTYPES, Launchers, fresh, on_device, pointer
 from torch import Tensor
 
-AUTO_TILE = -1
-TILES = {"t16": 0, "t32": 1, "t64": 2, "t128": 3, "f32": 4}  # by their index in gemm_tiles.h
 MAX_WGRAD_SEGMENTS = 128
 
 
@@ -61,11 +58,7 @@ class Segment:
 
 
 class GemmLaunchers(Launchers):
-    """`place` says where outputs lie: as they come, or misaligned."""
-
-    def __init__(self, lib: Lib, place: Callable[[Tensor], Tensor] = lambda t: t) -> None:
-        super().__init__(lib)
-        self.place = place
+    """Of the grouped products; `place` is for outputs."""
 
     @on_device
     def grouped_mm(self, a: Tensor, b: Tensor, offsets: Tensor, tile: int = AUTO_TILE) -> Tensor:

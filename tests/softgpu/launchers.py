@@ -15,6 +15,8 @@ from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # by the value of unipool::DType
 MAX_SEGMENTS = 128
+AUTO_TILE = -1
+TILES = {"t16": 0, "t32": 1, "t64": 2, "t128": 3, "f32": 4}  # by their index in gemm_tiles.h
 
 
 class RouterArgs(ctypes.Structure):
@@ -124,10 +126,11 @@ def on_device(method: Callable) -> Callable:
 
 
 class Launchers:
-    """Runs the launchers of one library."""
+    """Runs the launchers of one library. `place` says where tensors lie: as they come, or
+    misaligned."""
 
-    def __init__(self, lib: Lib) -> None:
-        self.lib = lib
+    def __init__(self, lib: Lib, place: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+        self.lib, self.place = lib, place
 
     # --- routers
 

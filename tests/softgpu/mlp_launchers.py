@@ -2,17 +2,13 @@
 """The launchers of the expert MLP as functions of tensors, beside those of launchers.py."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
-from kernel_library import Lib
-from launchers import DTYPES, Launchers, fresh, on_device, pointer
+from launchers import AUTO_TILE, DTYPES, Launchers, fresh, on_device, pointer
 from torch import Tensor
-
-AUTO_TILE = -1
-TILES = {"t16": 0, "t32": 1, "t64": 2, "t128": 3, "f32": 4}  # by their index in gemm_tiles.h
 
 
 def _fields(*pointers: str) -> list[tuple[str, type]]:
@@ -61,11 +57,7 @@ class Layer:
 
 
 class MlpLaunchers(Launchers):
-    """Runs the launchers of the expert MLP; `place` says where each operand and output lies."""
-
-    def __init__(self, lib: Lib, place: Callable[[Tensor], Tensor] = lambda t: t) -> None:
-        super().__init__(lib)
-        self.place = place
+    """Of the expert MLP; `place` is for operands and outputs."""
 
     @on_device
     def up(self, layer: Layer, x: Tensor, *, keep: bool = True, tile: int = AUTO_TILE):

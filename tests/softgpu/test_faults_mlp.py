@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 from kernel_library import Lib
-from mlp_launchers import AUTO_TILE, MlpLaunchers
-from source_faults import NONE, Fault, Planted, fails, only_dtype
-from test_kernels_mlp import (
+from launchers import AUTO_TILE
+from mlp_launchers import MlpLaunchers
+from mlp_oracle import (
     Case,
     check_down,
     check_hidden_bwd,
@@ -17,6 +17,7 @@ from test_kernels_mlp import (
     check_up,
     with_foreign_slots,
 )
+from source_faults import NONE, Fault, Planted, fails, only_dtype
 
 UP, BWD, SHARED, SLOTS, SWIGLU = (
     f"cuda/{name}"

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gemm_launchers import TILES, GemmLaunchers, Segment
+from gemm_launchers import GemmLaunchers, Segment
 from kernel_library import Lib
+from launchers import TILES
 from source_faults import NONE, Fault, Planted, is_found, only_dtype
 
 ROWS, WGRAD = "cuda/grouped_mm.cu", "cuda/grouped_wgrad.cu"
