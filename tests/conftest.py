@@ -11,12 +11,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import devices
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unipool  # noqa: F401  (loads the ops)
+
+# An assertion in what tests share says its values as one in a test does.
+SHARED = sorted(path.stem for path in (Path(__file__).parent / "support").glob("*.py"))
+pytest.register_assert_rewrite(*SHARED)
+
+import devices  # noqa: E402
 
 DTYPE_NAMES = {
     torch.float32: "f32",
