@@ -215,8 +215,8 @@ class Check:
 
 
 def missing_package(path: Path) -> str:
-    """Of those that a test file imports at its top; empty if there is none. Prebuilt libraries come
-    without unipool._C, which is made for one Python."""
+    """Of those that a test file, or what it shares with others, imports at its top; empty if there
+    is none. Prebuilt libraries come without unipool._C, which is made for one Python."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -229,9 +229,12 @@ def missing_package(path: Path) -> str:
             continue
         for name in names:
             top = name.split(".")[0]
+            shared = TESTS / "support" / f"{top}.py"
             ours = top == "unipool" or any((f / f"{top}.py").exists() for f in OURS)
             if name == "unipool._C":
                 return name
+            if shared.exists() and (deeper := missing_package(shared)):
+                return deeper
             if not ours and find_spec(top) is None:
                 return top
     return ""
