@@ -25,10 +25,15 @@ ROOMS = {
     "files": set(),
     "options": {"errors"},
     "configs": {"errors", "options"},
-    "checkpoints": PLAIN,
-    "data": PLAIN,
+    "json_files": {"errors"},
+    "model_folder": {"errors", "json_files"},
+    "checkpoints": {"model_folder", *PLAIN},
+    "data": {"model_folder", *PLAIN},
     "report": PLAIN,
-    "models": {"checkpoints", "configs", "data", "nn", "ops", "scales", *PLAIN},
+    "models": {
+        *("checkpoints", "configs", "data", "model_folder", "nn", "ops", "scales"),
+        *PLAIN,
+    },
     "training": {"__init__", "configs", "data", "models", "options", "report", *PLAIN},
     "evaluation": {"checkpoints", "configs", "data", "errors", "models", "report", "training"},
     "analysis": {

@@ -11,11 +11,11 @@ from unipool.configs import AnalyzeConfig, ProbeConfig
 from unipool.report.output import check_writable, write_json
 
 
-def probe_checkpoint(config: ProbeConfig) -> tuple[Probe, Subject]:
+def probe_checkpoint(config: ProbeConfig, trust_remote_code: bool = False) -> tuple[Probe, Subject]:
     """Probe a model, and write the numbers and the picture where the options say. InputError."""
     for path in (config.json, config.plot):
         check_writable(path)
-    subject = _subject(config)
+    subject = _subject(config, trust_remote_code)
     result = run_probe(
         subject.model,
         subject.batches,
@@ -35,10 +35,10 @@ def probe_checkpoint(config: ProbeConfig) -> tuple[Probe, Subject]:
     return result, subject
 
 
-def analyze_checkpoint(config: AnalyzeConfig) -> tuple[Path, str]:
+def analyze_checkpoint(config: AnalyzeConfig, trust_remote_code: bool = False) -> tuple[Path, str]:
     """Write the report of a model's routing; its path, and a sentence on the model. InputError."""
     check_writable(config.out / "report.html")
-    subject = _subject(config)
+    subject = _subject(config, trust_remote_code)
     analysis = analyze(subject.model, subject.batches(), shuffles=config.shuffles, seed=config.seed)
     numbers = analysis.numbers
     numbers.update(checkpoint=str(subject.folder), text=subject.source)
@@ -51,7 +51,7 @@ def analyze_checkpoint(config: AnalyzeConfig) -> tuple[Path, str]:
     return page, summary
 
 
-def _subject(config: ProbeConfig | AnalyzeConfig) -> Subject:
+def _subject(config: ProbeConfig | AnalyzeConfig, trust_remote_code: bool) -> Subject:
     return load_subject(
         config.checkpoint,
         config.data,
@@ -60,4 +60,5 @@ def _subject(config: ProbeConfig | AnalyzeConfig) -> Subject:
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         device=config.device,
+        trust_remote_code=trust_remote_code,
     )

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unipool analyze`."""
 
-from unipool.cli.options import command
+from unipool.cli.options import TrustRemoteCode, command
 from unipool.configs import AnalyzeConfig
 
 
 @command(AnalyzeConfig)
-def analyze(given: dict) -> None:
+def analyze(given: dict, trust_remote_code: TrustRemoteCode = False) -> None:
     """Describe what the routers of a model do: load, entropy, layers compared, experts compared."""
     config = AnalyzeConfig(**given)
     from unipool.analysis.run import analyze_checkpoint
 
-    page, summary = analyze_checkpoint(config)
+    page, summary = analyze_checkpoint(config, trust_remote_code)
     print(summary)
     print(f"report: {page}")

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unipool eval`."""
 
-from unipool.cli.options import command
+from unipool.cli.options import TrustRemoteCode, command
 from unipool.configs import EvalConfig
 
 
 @command(EvalConfig)
-def evaluate(given: dict) -> None:
+def evaluate(given: dict, trust_remote_code: TrustRemoteCode = False) -> None:
     """Score a model on zero-shot tasks, with lm-evaluation-harness."""
     config = EvalConfig(**given)
     from unipool.evaluation.run import run_evaluation
     from unipool.report.output import write_json
 
-    about, scores = run_evaluation(config)
+    about, scores = run_evaluation(config, trust_remote_code)
     _show(about, scores)
     if config.json is not None:
         write_json(config.json, about | scores.to_dict())

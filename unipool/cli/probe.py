@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unipool probe`."""
 
-from unipool.cli.options import command
+from unipool.cli.options import TrustRemoteCode, command
 from unipool.configs import ProbeConfig
 
 
 @command(ProbeConfig)
-def probe(given: dict) -> None:
+def probe(given: dict, trust_remote_code: TrustRemoteCode = False) -> None:
     """Give one layer at a time random experts, and see what that costs."""
     config = ProbeConfig(**given)
     from unipool.analysis.run import probe_checkpoint
 
-    result, subject = probe_checkpoint(config)
+    result, subject = probe_checkpoint(config, trust_remote_code)
     _show(result, subject)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from unipool.checkpoints import find_model
@@ -18,6 +18,7 @@ from unipool.errors import InputError, TrainingError
 from unipool.files import MANIFEST, complete_folder
 from unipool.models import UniPoolConfig, UniPoolForCausalLM
 from unipool.models.convert import check_mixtral, from_mixtral, to_mixtral, to_private, to_shared
+from unipool.models.loading import FROM_FOLDER, load_config
 from unipool.models.resize import resize_pool
 
 OPTIMIZER = "optimizer.pt"
@@ -102,12 +103,11 @@ def _one_line():
 
 def _load(folder: Path) -> UniPoolForCausalLM:
     transformers_logging.disable_progress_bar()
-    options = {"local_files_only": True}
-    config = AutoConfig.from_pretrained(str(folder), **options)
+    config = load_config(folder)
     if isinstance(config, UniPoolConfig):
-        return UniPoolForCausalLM.from_pretrained(str(folder), **options)
+        return UniPoolForCausalLM.from_pretrained(str(folder), **FROM_FOLDER)
     check_mixtral(config)
-    return from_mixtral(MixtralForCausalLM.from_pretrained(str(folder), **options))
+    return from_mixtral(MixtralForCausalLM.from_pretrained(str(folder), **FROM_FOLDER))
 
 
 def _load_optimizer(model: UniPoolForCausalLM, folder: Path) -> torch.optim.Optimizer | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
@@ -24,7 +24,7 @@ from unipool.data.tokenizer import load_tokenizer
 from unipool.data.tokens import TokenData, check_length, default_cache, load_data
 from unipool.errors import InputError, TrainingError
 from unipool.files import complete_folder, latest_checkpoint, remove_leftovers, step_of, write_text
-from unipool.models.loading import resolve_device
+from unipool.models.loading import load_config, resolve_device
 from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import MetricsLog
@@ -69,9 +69,9 @@ def run_training(
     with locked(out):
         checkpoint = _prepare_folder(config, out, data, resume, console)
         if checkpoint is not None:  # its pool may have been resized since the run began
-            model_config = AutoConfig.from_pretrained(checkpoint)
+            model_config = load_config(checkpoint)
         set_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
         saved_tokenizer = tokenizer.hugging_face()
         trainer = PoolTrainer(model, config, data, out / "checkpoints", device, saved_tokenizer)
         with StopSignals() as signals:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model folder asks of those who load it, looked at before any of it is loaded.
+
+A folder may come from anyone. Its JSON files can name code of its own, kernels to download and
+files elsewhere; none of that is followed unless the caller said so. Standard library only.
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from unipool.errors import InputError
+from unipool.json_files import read_json
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+# Files in which transformers looks for classes to import from the folder.
+_WITH_CODE = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_OTHERS = ("generation_config.json", "special_tokens_map.json", "added_tokens.json")
+_CUSTOM_GENERATE = Path("custom_generate", "generate.py")
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+# What comes with PyTorch and transformers. Where the others' packages are absent, transformers
+# would take a kernel from the hub instead.
+_ATTENTION = ("eager", "sdpa", "flex_attention")
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+def check_tokenizer_folder(folder: Path, trust_remote_code: bool = False) -> None:
+    """InputError, in one line, for JSON that cannot be read, or code that is not trusted."""
+    for name in (*_WITH_CODE, *_OTHERS):
+        if (folder / name).exists():
+            values = _read_object(folder / name)
+            if values.get("auto_map") and not trust_remote_code:
+                raise InputError(
+                    f"model: {folder} brings code of its own (auto_map in {name}), which is not "
+                    "run; a command that has --trust-remote-code runs it if told so"
+                )
+
+
+def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
+    """As check_tokenizer_folder; and the folder must hold a model that is all in it."""
+    if not (folder / CONFIG).exists():
+        raise InputError(f"model: {folder} has no {CONFIG}")
+    check_tokenizer_folder(folder, trust_remote_code)
+    if (folder / _CUSTOM_GENERATE).exists() and not trust_remote_code:
+        raise InputError(
+            f"model: {folder} brings code of its own ({_CUSTOM_GENERATE}), which is not run; a "
+            "command that has --trust-remote-code runs it if told so"
+        )
+    config = _read_object(folder / CONFIG)
+    for key, value in _entries(config):
+        if _IMPLEMENTATION.fullmatch(key):
+            _check_implementation(folder / CONFIG, key, value)
+        elif key == "transformers_weights" and value is not None:
+            raise InputError(f"model: {folder / CONFIG} must not name {key}, got {value!r}")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold names and values, got {type(values).__name__}")
+    return values
+
+
+def _entries(values: Any) -> Iterator[tuple[str, Any]]:
+    """Every name with its value, at whatever depth."""
+    if isinstance(values, dict):
+        yield from values.items()
+        values = list(values.values())
+    if isinstance(values, list):
+        for value in values:
+            yield from _entries(value)
+
+
+def _check_implementation(path: Path, key: str, value: Any) -> None:
+    """Of attention: one that comes with PyTorch or an installed package. Of experts: no path."""
+    for one in value.values() if isinstance(value, dict) else (value,):
+        if "attn" in key:
+            package = _PACKAGES.get(one) if isinstance(one, str) else None
+            fits = one is None or one in _ATTENTION or (package and _installed(package))
+            due = f"one of {', '.join((*_ATTENTION, *filter(_there, _PACKAGES)))}"
+        else:
+            fits = one is None or (isinstance(one, str) and one.isidentifier())
+            due = "the name of an implementation that is installed"
+        if not fits:
+            raise InputError(f"model: {key} in {path} must be {due}, got {one!r}")
+
+
+def _there(name: str) -> bool:
+    return _installed(_PACKAGES[name])
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
