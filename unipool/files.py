@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders that are complete or absent, whatever kills the process that writes them.
 
-A folder is filled under a temporary sibling name, its files are flushed to the disk, a manifest of
+A folder is filled in a temporary one beside it, its files are flushed to the disk, a manifest of
 their sizes and SHA-256 sums is written last, and one rename makes it visible. A reader trusts a
-folder only if its manifest matches every file. Standard library only.
+folder only if its manifest matches every file. Temporary names are drawn by the system, so that
+nobody knows them before, and two processes with the same number on a shared disk never meet.
+Standard library only.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 20
+_TRIES = 100  # to put a folder in its place, while other processes put theirs there
 
 
 def sync_path(path: Path) -> None:
@@ -42,18 +48,45 @@ def _files(folder: Path) -> list[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` in one step: a reader sees the old content or the new."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(staging, "w", encoding="utf-8") as file:
-            file.write(text)
+    """As write_bytes, of text as UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file `path` in one step: a reader sees the old content or the new.
+
+    Where `path` is a link, the link is replaced, and not the file that it leads to.
+    """
+    path = Path(path)
+    with _aside(path) as aside:
+        staging = aside / path.name
+        with open(staging, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
     sync_path(path.parent)
+
+
+def open_own(path: Path, mode: str) -> IO:
+    """open(path, mode) for writing text; OSError where `path` is a link, which may lead anywhere.
+
+    For files that stay open while they are written: "w", "a", or "r+" for one that may be new.
+    """
+    flags = {"w": os.O_TRUNC, "a": os.O_APPEND, "r+": 0}[mode]
+    access = os.O_RDWR if mode == "r+" else os.O_WRONLY
+    handle = os.open(path, access | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+    return open(handle, mode, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that nobody else knows, removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=path.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _seal(folder: Path) -> None:
@@ -70,31 +103,68 @@ def _seal(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
+def complete_folder(
+    path: Path, *, replace: bool = True, keep: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """Yield an empty folder to fill; on a clean exit it becomes `path`, otherwise it is removed.
 
-    An older `path` is replaced. Errors while writing (OSError above all) leave `path` as it was.
+    An older `path`, or one that another process finished meanwhile, is replaced. With
+    replace=False that is FileExistsError, unless it is an empty folder. keep: whether what is there
+    will do; then it stays, and ours goes. Errors while writing (OSError above all) leave `path` as
+    it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
+    with _aside(path) as aside:
+        staging = aside / "new"
+        staging.mkdir()
         yield staging
         _seal(staging)
-        if path.exists():
-            replaced = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(path, replaced)
-            os.rename(staging, path)
-            shutil.rmtree(replaced, ignore_errors=True)
+        for turn in range(_TRIES):
+            if _put(staging, path, aside / f"old-{turn}", replace, keep):
+                break
         else:
-            os.rename(staging, path)
-        sync_path(path.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(errno.EBUSY, "other processes keep replacing it", str(path))
+    sync_path(path.parent)
+
+
+def _put(staging: Path, path: Path, old: Path, replace: bool, keep) -> bool:
+    """Rename `staging` to `path`, and what is there to `old`; False if another came between."""
+    if _rename_to_free(staging, path):
+        return True
+    if keep is not None and keep(path):
+        return True
+    if not replace:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    try:
+        os.rename(path, old)
+    except FileNotFoundError:
+        return False
+    try:
+        return _rename_to_free(staging, path)
+    except OSError:
+        _rename_to_free(old, path)
         raise
+
+
+def _rename_to_free(folder: Path, path: Path) -> bool:
+    """Whether the rename took place: `path` was free, or an empty folder."""
+    try:
+        os.rename(folder, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    """A file, a folder, or a link itself, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def folder_fault(path: Path, checksums: bool = True) -> str | None:
@@ -172,4 +242,4 @@ def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
     for path in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)

@@ -28,7 +28,7 @@ ROOMS = {
     "json_files": {"errors"},
     "model_folder": {"errors", "json_files"},
     "checkpoints": {"model_folder", *PLAIN},
-    "data": {"model_folder", *PLAIN},
+    "data": {"json_files", "model_folder", *PLAIN},
     "report": PLAIN,
     "models": {
         *("checkpoints", "configs", "data", "model_folder", "nn", "ops", "scales"),

@@ -2,6 +2,7 @@
 """An analysis as a folder: report.html, which needs nothing beside it, and the numbers."""
 
 import html
+import io
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import unipool
 from unipool.analysis.figures import analysis_figures
 from unipool.analysis.summary import Analysis
-from unipool.files import write_text
+from unipool.files import write_bytes, write_text
 from unipool.report.page import document, image, paragraphs, table, write_pictures
 
 _LAYER_COLUMNS = (
@@ -75,8 +76,9 @@ def write_analysis(folder: Path, analysis: Analysis, title: str, notes: list[str
     folder.mkdir(parents=True, exist_ok=True)
     pictures = write_pictures(folder, analysis_figures(analysis))
     sections = [_section(name, picture) for name, picture in pictures.items()]
-    with open(folder / "analysis.npz", "wb") as file:
-        np.savez_compressed(file, **analysis.arrays)
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, **analysis.arrays)
+    write_bytes(folder / "analysis.npz", arrays.getvalue())
     write_text(folder / "analysis.json", json.dumps(analysis.numbers, indent=1) + "\n")
     page = folder / "report.html"
     write_text(page, _page(analysis.numbers, title, notes, sections))

@@ -8,6 +8,7 @@ from unipool.analysis.report import write_analysis
 from unipool.analysis.subject import Subject, load_subject
 from unipool.analysis.summary import analyze
 from unipool.configs import AnalyzeConfig, ProbeConfig
+from unipool.files import write_bytes
 from unipool.report.output import check_writable, write_json
 
 
@@ -31,7 +32,7 @@ def probe_checkpoint(config: ProbeConfig, trust_remote_code: bool = False) -> tu
         from unipool.report.page import png
 
         config.plot.parent.mkdir(parents=True, exist_ok=True)
-        config.plot.write_bytes(png(probe_figure(result)))
+        write_bytes(config.plot, png(probe_figure(result)))
     return result, subject
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from unipool.compare.grid import Variant
 from unipool.errors import TrainingError
-from unipool.files import folder_fault, write_text
+from unipool.files import folder_fault, open_own, write_text
 from unipool.training.callbacks import StopSignals
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import mean_rate, read_metrics
@@ -124,7 +124,7 @@ class _Child:
         self._begin = time.monotonic()
         self._stopped = False
         _prepare(member)
-        self._log: IO = open(member.folder / _LOG, "w", encoding="utf-8")  # noqa: SIM115
+        self._log: IO = open_own(member.folder / _LOG, "w")
         self._process = subprocess.Popen(
             [*COMMAND, str(member.folder)],
             stdin=subprocess.DEVNULL,

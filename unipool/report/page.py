@@ -9,6 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from unipool.files import write_bytes
+
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
   max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
@@ -46,7 +48,7 @@ def write_pictures(folder: Path, figures: dict[str, Figure]) -> dict[str, bytes]
     """Write each figure as <name>.png into `folder`; returns the pictures by name."""
     pictures = {name: png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
-        (folder / f"{name}.png").write_bytes(picture)
+        write_bytes(folder / f"{name}.png", picture)
     return pictures
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from unipool.files import write_text
+from unipool.files import open_own, write_text
 
 _COLUMNS = ("loss", "lm_loss", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second")
 
@@ -36,7 +36,7 @@ class MetricsLog(TrainerCallback):
         if _kind(row) in self._written:
             return
         self._written.add(_kind(row))
-        with open(self._path, "a", encoding="utf-8") as file:
+        with open_own(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -23,7 +23,14 @@ import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
 from unipool.data.tokenizer import load_tokenizer
 from unipool.data.tokens import TokenData, check_length, default_cache, load_data
 from unipool.errors import InputError, TrainingError
-from unipool.files import complete_folder, latest_checkpoint, remove_leftovers, step_of, write_text
+from unipool.files import (
+    complete_folder,
+    latest_checkpoint,
+    open_own,
+    remove_leftovers,
+    step_of,
+    write_text,
+)
 from unipool.models.loading import load_config, resolve_device
 from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
@@ -154,7 +161,7 @@ def locked(out: Path) -> Iterator[None]:
     """Keeps a second process out of the folder; the lock goes away with its process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle = open(out / ".lock", "w")  # noqa: SIM115  (held open for the whole run)
+        handle = open_own(out / ".lock", "r+")  # held open for the whole run
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there: {error.strerror}") from error
     with handle:
