@@ -49,12 +49,52 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
             f"model: {folder} brings code of its own ({_CUSTOM_GENERATE}), which is not run; a "
             "command that has --trust-remote-code runs it if told so"
         )
+    check_index(folder)
     config = _read_object(folder / CONFIG)
     for key, value in _entries(config):
         if _IMPLEMENTATION.fullmatch(key):
             _check_implementation(folder / CONFIG, key, value)
         elif key == "transformers_weights" and value is not None:
             raise InputError(f"model: {folder / CONFIG} must not name {key}, got {value!r}")
+
+
+def check_index(folder: Path) -> None:
+    """InputError unless the weights are in files of the folder itself, each of them there."""
+    path = folder / INDEX
+    if not path.exists():
+        return
+    shards = _read_object(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"model: {path} must map weights to files (weight_map)")
+    for name in sorted(set(map(str, shards.values()))):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"model: {path} must name .safetensors files of its own folder, got {name!r}"
+            )
+        if not (folder / name).is_file():
+            raise InputError(f"model: {folder} lacks {name}, which {INDEX} names")
+
+
+def leads_out(path: Path) -> Path | None:
+    """Where a file or folder leads if that is outside the folder that it is in; None if it is not.
+
+    Links into the blobs that the hub's cache keeps beside its snapshots count as inside.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    if target.parent == folder or folder in target.parents:
+        return None
+    inside = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    return None if inside and target.is_file() else target
+
+
+def check_links(folder: Path) -> None:
+    """InputError for a file that is a link to a place outside: a copy of it would be of that."""
+    for path in sorted(folder.iterdir()):
+        if (target := leads_out(path)) is not None:
+            raise InputError(
+                f"model: {path} is a link that leaves its folder, to {target}; put the file itself "
+                "there, or remove the link"
+            )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from unipool.checkpoints import find_model
 from unipool.configs import ConvertConfig, ResizeConfig
 from unipool.errors import InputError, TrainingError
 from unipool.files import MANIFEST, complete_folder
+from unipool.model_folder import check_links, leads_out
 from unipool.models import UniPoolConfig, UniPoolForCausalLM
 from unipool.models.convert import check_mixtral, from_mixtral, to_mixtral, to_private, to_shared
 from unipool.models.loading import FROM_FOLDER, load_config
@@ -30,6 +31,7 @@ _MODEL_FILES = (
     "*.safetensors.index.json",
     "pytorch_model*",
 )
+_EXISTS = "{} exists already: choose a new folder to write to"
 _TRAINER_FILES = ("optimizer*", "scheduler*", "trainer_state*", "training_args*", "rng_state*")
 
 
@@ -85,8 +87,9 @@ def _refuse_shared():
 
 def _source(source: Path, out: Path) -> Path:
     folder, out = find_model(source), Path(out)
+    check_links(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already: choose a new folder to write to")
+        raise InputError(_EXISTS.format(out))
     return folder
 
 
@@ -147,14 +150,16 @@ def _read_load(path: Path) -> torch.Tensor:
 def _write(model, folder: Path, out: Path, left_out: tuple[str, ...], optimizer=None) -> None:
     """`out` with the model, the optimizer, and the files of `folder` that match no `left_out`."""
     try:
-        with complete_folder(out) as staging:
+        with complete_folder(out, replace=False) as staging:
             for path in folder.iterdir():
                 kept = not any(path.match(glob) for glob in (*left_out, MANIFEST))
-                if path.is_file() and kept:
+                if path.is_file() and kept and leads_out(path) is None:
                     shutil.copy2(path, staging / path.name)
             model.save_pretrained(staging)
             if optimizer is not None:
                 torch.save(optimizer.state_dict(), staging / OPTIMIZER)
+    except FileExistsError as error:  # it came while the model was made
+        raise InputError(_EXISTS.format(out)) from error
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(f"cannot write {out}: {reason}") from error
