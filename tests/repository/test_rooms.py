@@ -18,10 +18,11 @@ ROOMS = {
     "ops": {"_library"},
     "nn": {"ops"},
     "reference": {"ops"},
-    "doctor": {"__init__", "_library", "ops", "options", "reference"},
+    "doctor": {"__init__", "_library", "ops", "options", "reference", "terminal"},
     "integrations": {"ops"},
     "scales": set(),
     "errors": set(),
+    "terminal": set(),
     "files": set(),
     "options": {"errors"},
     "configs": {"errors", "options"},
@@ -29,12 +30,12 @@ ROOMS = {
     "model_folder": {"errors", "json_files"},
     "checkpoints": {"model_folder", *PLAIN},
     "data": {"json_files", "model_folder", *PLAIN},
-    "report": PLAIN,
+    "report": {"terminal", *PLAIN},
     "models": {
         *("checkpoints", "configs", "data", "model_folder", "nn", "ops", "scales"),
         *PLAIN,
     },
-    "training": {"__init__", "configs", "data", "models", "options", "report", *PLAIN},
+    "training": {"__init__", "configs", "data", "models", "options", "report", "terminal", *PLAIN},
     "evaluation": {"checkpoints", "configs", "data", "errors", "models", "report", "training"},
     "analysis": {
         *(
@@ -50,10 +51,20 @@ ROOMS = {
         ),
         *PLAIN,
     },
-    "compare": {"__init__", "configs", "data", "models", "nn", "report", "training", *PLAIN},
+    "compare": {
+        "__init__",
+        "configs",
+        "data",
+        "models",
+        "nn",
+        "report",
+        "terminal",
+        "training",
+        *PLAIN,
+    },
     "cli": {
         *("__init__", "analysis", "checkpoints", "compare", "configs", "doctor", "errors"),
-        *("evaluation", "models", "options", "report", "training"),
+        *("evaluation", "models", "options", "report", "terminal", "training"),
     },
 }
 

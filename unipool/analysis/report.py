@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An analysis as a folder: report.html, which needs nothing beside it, and the numbers."""
 
-import html
 import io
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ import unipool
 from unipool.analysis.figures import analysis_figures
 from unipool.analysis.summary import Analysis
 from unipool.files import write_bytes, write_text
-from unipool.report.page import document, image, paragraphs, table, write_pictures
+from unipool.report.page import document, escaped, image, paragraphs, table, write_pictures
 
 _LAYER_COLUMNS = (
     ("layer", "layer", "{}"),
@@ -87,9 +86,7 @@ def write_analysis(folder: Path, analysis: Analysis, title: str, notes: list[str
 
 def _section(name: str, picture: bytes) -> str:
     heading, text = _TEXTS[name]
-    return (
-        f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>\n{image(heading, picture)}\n"
-    )
+    return f"<h2>{escaped(heading)}</h2>\n<p>{escaped(text)}</p>\n{image(heading, picture)}\n"
 
 
 def _cell(value, form: str) -> str:
@@ -123,7 +120,7 @@ def _page(numbers: dict, title: str, notes: list[str], sections: list[str]) -> s
         pools=_table(_POOL_COLUMNS, numbers["pools"]),
         cross=_table(cross_columns, _cross_layer_rows(numbers["cross_layer"])),
         sections="".join(sections),
-        version=html.escape(f"unipool {unipool.__version__}"),
+        version=escaped(f"unipool {unipool.__version__}"),
     )
     return document(title, body)
 

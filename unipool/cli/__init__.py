@@ -20,6 +20,7 @@ import unipool
 from unipool import doctor as _doctor
 from unipool.errors import InputError, TrainingError
 from unipool.options import nearest
+from unipool.terminal import printable
 
 _EXTRA = 'pip install "unipool[train]"'
 
@@ -27,6 +28,9 @@ _EXTRA = 'pip install "unipool[train]"'
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that a terminal lacks ends no command
+            stream.reconfigure(errors="backslashreplace")
     if arguments[:1] == ["doctor"]:
         return _doctor.main(arguments[1:])
     if typer is None:
@@ -61,7 +65,7 @@ def _unexpected(error: Exception) -> str:
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError:
-        print(text, file=sys.stderr)
+        print(printable(text, lines=True), file=sys.stderr)
         path = "above"
     return f"an error of UniPool itself: {what} (traceback: {path}; please report it)"
 
@@ -75,7 +79,7 @@ def _parser_message(error) -> str:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"unipool: {message}", file=sys.stderr)
+    print(f"unipool: {printable(message)}", file=sys.stderr)
     return code
 
 

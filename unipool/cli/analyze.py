@@ -3,6 +3,7 @@
 
 from unipool.cli.options import TrustRemoteCode, command
 from unipool.configs import AnalyzeConfig
+from unipool.terminal import say
 
 
 @command(AnalyzeConfig)
@@ -12,5 +13,5 @@ def analyze(given: dict, trust_remote_code: TrustRemoteCode = False) -> None:
     from unipool.analysis.run import analyze_checkpoint
 
     page, summary = analyze_checkpoint(config, trust_remote_code)
-    print(summary)
-    print(f"report: {page}")
+    say(summary)
+    say(f"report: {page}")

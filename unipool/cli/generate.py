@@ -4,6 +4,7 @@
 from unipool.checkpoints import find_model
 from unipool.cli.options import TrustRemoteCode, command
 from unipool.configs import GenerateConfig
+from unipool.terminal import say
 
 
 @command(GenerateConfig)
@@ -14,4 +15,4 @@ def generate(given: dict, trust_remote_code: TrustRemoteCode = False) -> None:
     find_model(config.model, trust_remote_code)
     from unipool.models.generation import generate
 
-    print(generate(config, trust_remote_code))
+    say(generate(config, trust_remote_code), lines=True)

@@ -17,6 +17,7 @@ from rich.console import Console
 from unipool.compare.grid import Variant
 from unipool.errors import TrainingError
 from unipool.files import folder_fault, open_own, write_text
+from unipool.terminal import say
 from unipool.training.callbacks import StopSignals
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import mean_rate, read_metrics
@@ -87,7 +88,7 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
     queue = [member for member in members if outcome(member) is None]
 
     def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line, console)
 
     if done := len(members) - len(queue):
         tell(f"{done} of {len(members)} runs are complete")

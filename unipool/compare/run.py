@@ -13,6 +13,7 @@ from unipool.configs import CompareConfig
 from unipool.errors import InputError
 from unipool.files import write_text
 from unipool.models.loading import resolve_device
+from unipool.terminal import say
 from unipool.training.run import check_new, locked, open_data
 
 
@@ -40,10 +41,7 @@ def run_sweep(
     with locked(out):
         write_text(out / SWEEP_FILE, sweep.to_json())
         members = sweep.members(out)
-        console.print(
-            f"{len(sweep.variants)} models x {len(sweep.seeds)} seeds, {jobs} at a time",
-            highlight=False,
-        )
+        say(f"{len(sweep.variants)} models x {len(sweep.seeds)} seeds, {jobs} at a time", console)
         stopped = run_members(members, jobs, console)
         results = summarize(sweep, members)
         page = write_results(out, results)

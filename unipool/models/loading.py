@@ -24,6 +24,7 @@ def load_model(path: Path, device: str = "cpu", trust_remote_code: bool = False)
     """
     folder = find_model(path, trust_remote_code)
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its warnings repeat names out of the file
     options = {"trust_remote_code": trust_remote_code} | FROM_FOLDER
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)

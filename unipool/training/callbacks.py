@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from unipool.terminal import say
+
 _PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
@@ -64,11 +66,11 @@ class ProgressDisplay(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 console=self._console,
             )
             self._task = self._bar.add_task(
@@ -90,7 +92,7 @@ class ProgressDisplay(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         line = f"validation loss {metrics['val_loss']:.3f} nats/token"
         line += f", {metrics['val_bits_per_byte']:.3f} bits/byte"
-        self._console.print(f"{self._name}  step {state.global_step}: {line}", highlight=False)
+        say(f"{self._name}  step {state.global_step}: {line}", self._console)
 
     def _show(self, state, status: str) -> None:
         if self._bar is not None:
@@ -100,7 +102,7 @@ class ProgressDisplay(TrainerCallback):
         if now - self._last_line >= _PLAIN_SECONDS or state.global_step >= state.max_steps:
             self._last_line = now
             step = f"step {state.global_step}/{state.max_steps}"
-            self._console.print(f"{self._name}  {step}: {status}", highlight=False)
+            say(f"{self._name}  {step}: {status}", self._console)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -23,7 +23,8 @@ from unipool.models import parameter_counts
 from unipool.models.generation import generate_text
 from unipool.models.loading import load_model
 from unipool.report.runs import write_report
-from unipool.report.tables import terminal
+from unipool.report.tables import add_row, terminal
+from unipool.terminal import say
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import mean_rate, read_metrics
 from unipool.training.run import RunResult, run_training
@@ -98,7 +99,7 @@ def run_demo(config: DemoConfig, *, resume: bool = False, console: Console | Non
         _clear(out, configs)
     runs, samples = [], {}
     for name, run in configs.items():
-        console.print(f"[bold]{name}[/bold]  {_describe(run)}", highlight=False)
+        say(f"  {_describe(run)}", console, title=name)
         go_on = resume and Path(run.out, "config.json").exists()
         result = run_training(run, resume=go_on, console=console, name=name)
         if result.signal is not None:
@@ -184,11 +185,11 @@ def _machine(model) -> str:
 def _show(console: Console, metrics: dict, samples: dict, notes: list[str], page: Path) -> None:
     table = terminal(list(_COLUMNS), left=("model",))
     for run in metrics["runs"]:
-        table.add_row(*(cell(run) for cell in _COLUMNS.values()))
+        add_row(table, *(cell(run) for cell in _COLUMNS.values()))
     console.print(table)
     for name, text in samples.items():
-        console.print(f"[bold]{name}[/bold] writes:", highlight=False)
-        console.out(text + "\n", highlight=False)
+        say(" writes:", console, title=name)
+        say(text + "\n", console, lines=True)
     for note in notes:
-        console.print(note, highlight=False)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+        say(note, console)
+    say(f"report: {page}", console)

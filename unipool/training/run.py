@@ -32,6 +32,7 @@ from unipool.files import (
     write_text,
 )
 from unipool.models.loading import load_config, resolve_device
+from unipool.terminal import say
 from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import MetricsLog
@@ -194,7 +195,7 @@ def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -
         raise InputError(f"--out {out}: cannot write there: {error.strerror}") from error
     start = f"from step {step_of(checkpoint)}" if checkpoint else "from the beginning"
     if resume:
-        console.print(f"resuming {out} {start}", highlight=False)
+        say(f"resuming {out} {start}", console)
     return checkpoint
 
 
@@ -203,7 +204,7 @@ def _last_usable(checkpoints: Path, console: Console) -> Path | None:
     damaged: list[Path] = []
 
     def passed_over(path: Path, fault: str) -> None:
-        console.print(f"warning: checkpoint {path} is passed over: {fault}", highlight=False)
+        say(f"warning: checkpoint {path} is passed over: {fault}", console)
         damaged.append(path)
 
     found = latest_checkpoint(checkpoints, passed_over)
