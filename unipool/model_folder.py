@@ -18,8 +18,14 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 # Files in which transformers looks for classes to import from the folder.
 _WITH_CODE = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-_OTHERS = ("generation_config.json", "special_tokens_map.json", "added_tokens.json")
+GENERATION = "generation_config.json"
+_OTHERS = (GENERATION, "special_tokens_map.json", "added_tokens.json")
 _CUSTOM_GENERATE = Path("custom_generate", "generate.py")
+_BRANCHES = ("num_beams", "num_beam_groups", "num_return_sequences")
+_MOST_BRANCHES = 64
+# Sizes of a model: every model has at least one weight for each pair of these that it names.
+_SIZES = ("vocab_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+_SIZES += ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 # What comes with PyTorch and transformers. Where the others' packages are absent, transformers
 # would take a kernel from the hub instead.
@@ -51,6 +57,8 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> None:
         )
     check_index(folder)
     config = _read_object(folder / CONFIG)
+    _check_sizes(folder, config)
+    _check_generation(folder / GENERATION)
     for key, value in _entries(config):
         if _IMPLEMENTATION.fullmatch(key):
             _check_implementation(folder / CONFIG, key, value)
@@ -95,6 +103,33 @@ def check_links(folder: Path) -> None:
                 f"model: {path} is a link that leaves its folder, to {target}; put the file itself "
                 "there, or remove the link"
             )
+
+
+def _check_generation(path: Path) -> None:
+    """InputError for a multiple of the memory and time that one text takes."""
+    values = _read_object(path) if path.exists() else {}
+    for name in _BRANCHES:
+        value = values.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= _MOST_BRANCHES):
+            raise InputError(f"model: {name} in {path} must be in [1, {_MOST_BRANCHES}]")
+
+
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """InputError for sizes that the weights cannot have, before a model of them is begun."""
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        width = part.get("hidden_size")
+        for name in _SIZES:
+            size = part.get(name)
+            counts = type(size) is int and type(width) is int
+            if counts and width > 0 and size * width > 2 * weights:  # four bits per weight
+                raise InputError(
+                    f"model: {folder / CONFIG} has {name} and hidden_size of together "
+                    f"2**{(size * width).bit_length() - 1} weights or more, which {weights:,} "
+                    "bytes cannot hold"
+                )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

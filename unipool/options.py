@@ -80,6 +80,14 @@ class Option:
         return "" if low is None else f"x{over.replace('<', '>')}{_shown(low)}"
 
 
+def _brief(value: Any) -> str:
+    """str(value), cut; Python shows no integer of more than 4300 digits."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _shown(bound: float) -> str:
     large = isinstance(bound, int) and bound > 1 << 16 and bound.bit_count() == 1
     return f"2**{bound.bit_length() - 1}" if large else f"{bound:g}"
@@ -116,10 +124,12 @@ class Field:
                 number = isinstance(one, int | self.kind) and not isinstance(one, bool)
                 fits = number and self.option.holds(one)
                 due = self.option.range if number else _KINDS[self.kind]
+                if fits and isinstance(one, int) and abs(one) >= 1 << 62:
+                    raise InputError(f"{self.flag} must be below 2**62, got {_brief(one)}")
             else:
                 fits, due = isinstance(one, self.kind), _KINDS[self.kind]
             if not fits:
-                raise InputError(f"{self.flag} must be {due}, got {one}")
+                raise InputError(f"{self.flag} must be {due}, got {_brief(one)}")
 
     def convert(self, value: Any) -> Any:
         """A value of a file or of the command line, as the field's type; InputError if it is none.

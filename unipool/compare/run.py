@@ -14,7 +14,7 @@ from unipool.errors import InputError
 from unipool.files import write_text
 from unipool.models.loading import resolve_device
 from unipool.terminal import say
-from unipool.training.run import check_new, locked, open_data
+from unipool.training.run import check_new, check_trainable, locked, open_data
 
 
 def run_compare(
@@ -51,12 +51,13 @@ def run_sweep(
 
 def _check_members(sweep: Sweep, out: Path) -> None:
     """Each model can be built, and each seed's text is long enough; leaves the text tokenised."""
-    resolve_device(sweep.options.get("device", "auto"))
+    device = resolve_device(sweep.options.get("device", "auto"))
     for seed in sweep.seeds:
         configs = {variant: sweep.config(variant, seed, out) for variant in sweep.variants}
         data, _ = open_data(next(iter(configs.values())), out)
         for variant, config in configs.items():
             try:
-                config.model_config(data.vocab_size, data.separator)
+                model_config = config.model_config(data.vocab_size, data.separator)
+                check_trainable(config, model_config, device)
             except InputError as error:
                 raise InputError(f"{variant.name}: {error}") from error

@@ -20,6 +20,7 @@ from unipool.model_folder import check_links, leads_out
 from unipool.models import UniPoolConfig, UniPoolForCausalLM
 from unipool.models.convert import check_mixtral, from_mixtral, to_mixtral, to_private, to_shared
 from unipool.models.loading import FROM_FOLDER, load_config
+from unipool.models.memory import check_memory, check_weights_hold
 from unipool.models.resize import resize_pool
 
 OPTIMIZER = "optimizer.pt"
@@ -66,6 +67,9 @@ def resize_folder(config: ResizeConfig) -> list[list[int]]:
     folder = _source(config.source, config.out)
     with _one_line():
         model = _load(folder)
+        bytes_per_parameter = model.dtype.itemsize + 8 * (folder / OPTIMIZER).exists()
+        changed = model.config.to_dict() | {"num_experts": config.experts, "layer_experts": None}
+        check_memory(UniPoolConfig(**changed), "cpu", bytes_per_parameter)
         optimizer = _load_optimizer(model, folder)
         origins = resize_pool(
             model,
@@ -107,6 +111,7 @@ def _one_line():
 def _load(folder: Path) -> UniPoolForCausalLM:
     transformers_logging.disable_progress_bar()
     config = load_config(folder)
+    check_weights_hold(config, folder)
     if isinstance(config, UniPoolConfig):
         return UniPoolForCausalLM.from_pretrained(str(folder), **FROM_FOLDER)
     check_mixtral(config)

@@ -12,6 +12,7 @@ from unipool.checkpoints import find_model
 from unipool.data.tokenizer import load_hugging_face
 from unipool.errors import InputError, first_line
 from unipool.model_folder import CONFIG, check_model_folder
+from unipool.models.memory import check_weights_hold
 
 # Weights are safetensors, never a pickle, and nothing is fetched.
 FROM_FOLDER = {"local_files_only": True, "use_safetensors": True, "weights_only": True}
@@ -25,6 +26,8 @@ def load_model(path: Path, device: str = "cpu", trust_remote_code: bool = False)
     folder = find_model(path, trust_remote_code)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its warnings repeat names out of the file
+    if not trust_remote_code:
+        check_weights_hold(load_config(folder), folder)
     options = {"trust_remote_code": trust_remote_code} | FROM_FOLDER
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)

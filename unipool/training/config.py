@@ -140,10 +140,20 @@ class TrainConfig:
         check_options(self)
         if self.min_lr > self.lr:
             raise InputError(f"--min-lr must be in [0, {self.lr:g}], got {self.min_lr}")
+        if self.steps * self.tokens_per_step >= 1 << 62:
+            raise InputError(
+                "--steps, --batch-size, --accumulate and --seq-len must be below 2**62 tokens in "
+                f"all, got {self.steps * self.tokens_per_step:.3g}"
+            )
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.accumulate * self.seq_len
+
+    @property
+    def least_batch_bytes(self) -> int:
+        """Of the ids and targets of a step, which are read at once; int64."""
+        return 16 * self.tokens_per_step
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

@@ -32,6 +32,7 @@ from unipool.files import (
     write_text,
 )
 from unipool.models.loading import load_config, resolve_device
+from unipool.models.memory import TRAINED, check_memory
 from unipool.terminal import say
 from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
@@ -74,10 +75,12 @@ def run_training(
         check_new(out)
     data, tokenizer = open_data(config, out)
     model_config = config.model_config(data.vocab_size, data.separator)
+    check_trainable(config, model_config, device)
     with locked(out):
         checkpoint = _prepare_folder(config, out, data, resume, console)
         if checkpoint is not None:  # its pool may have been resized since the run began
             model_config = load_config(checkpoint)
+        check_trainable(config, model_config, device)
         set_seed(config.seed)
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
         saved_tokenizer = tokenizer.hugging_face()
@@ -107,6 +110,12 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
         raise TrainingError(f"{error}; {where}") from error
     finally:
         display.close()
+
+
+def check_trainable(config: TrainConfig, model_config, device: str) -> None:
+    """InputError unless weights, optimizer, ids of a step and logits of a micro-batch can fit."""
+    logits = 4 * config.batch_size * config.seq_len * model_config.vocab_size
+    check_memory(model_config, device, TRAINED, config.least_batch_bytes + logits)
 
 
 def open_data(config: TrainConfig, out: Path):
