@@ -158,7 +158,7 @@ def _rename_to_free(folder: Path, path: Path) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A file, a folder, or a link itself, as far as that is possible."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
@@ -242,4 +242,4 @@ def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
     for path in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than:
-                _remove(path)
+                remove(path)

@@ -15,12 +15,13 @@ from typing import IO
 from rich.console import Console
 
 from unipool.compare.grid import Variant
-from unipool.errors import TrainingError
+from unipool.errors import InputError, TrainingError
 from unipool.files import folder_fault, open_own, write_text
 from unipool.terminal import say
 from unipool.training.callbacks import StopSignals
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import mean_rate, read_metrics
+from unipool.training.run import locked
 
 COMMAND = (sys.executable, "-m", "unipool.cli", "train", "--resume", "--out")  # then the folder
 _POLL = 0.05  # seconds between two looks at the processes
@@ -98,8 +99,13 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
             while (queue and signals.received is None) or running:
                 while queue and len(running) < jobs and signals.received is None:
                     member = queue.pop(0)
-                    running[member] = _Child(member, jobs)
-                    tell(f"{member.title}: begun, see {member.folder / _LOG}")
+                    try:
+                        running[member] = _Child(member, jobs)
+                        tell(f"{member.title}: begun, see {member.folder / _LOG}")
+                    except InputError as error:
+                        done += 1
+                        write_text(member.folder / _ERROR, f"{error}\n")
+                        tell(f"[{done}/{len(members)}] {member.title}: failed: {error}")
                 time.sleep(_POLL)
                 for member, child in list(running.items()):
                     if signals.received is not None:
@@ -168,11 +174,15 @@ class _Child:
 
 
 def _prepare(member: Member) -> None:
-    """A folder that `unipool train --resume` accepts, beginning anew where no run has begun."""
+    """A folder that `unipool train --resume` accepts, beginning anew where no run has begun.
+
+    InputError if another process is training there, such as one that outlived an earlier sweep.
+    """
     member.folder.mkdir(parents=True, exist_ok=True)
-    (member.folder / _ERROR).unlink(missing_ok=True)
-    shutil.rmtree(member.folder / "model", ignore_errors=True)  # of fewer steps
-    write_text(member.folder / "config.json", member.config.to_json())
+    with locked(member.folder):
+        (member.folder / _ERROR).unlink(missing_ok=True)
+        shutil.rmtree(member.folder / "model", ignore_errors=True)  # of fewer steps
+        write_text(member.folder / "config.json", member.config.to_json())
 
 
 def _environment(jobs: int) -> dict[str, str]:

@@ -39,6 +39,8 @@ def run_sweep(
         check_new(out, SWEEP_FILE, "sweep")
     _check_members(sweep, out)
     with locked(out):
+        if not resume:
+            check_new(out, SWEEP_FILE, "sweep")  # again: another one may have begun here since
         write_text(out / SWEEP_FILE, sweep.to_json())
         members = sweep.members(out)
         say(f"{len(sweep.variants)} models x {len(sweep.seeds)} seeds, {jobs} at a time", console)

@@ -6,9 +6,9 @@ shared-pool     one pool of the same total for all layers, NormRouter, one balan
 half-pool       the same with half the experts
 """
 
+import contextlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from rich.console import Console
 import unipool
 from unipool.configs import DemoConfig
 from unipool.errors import InputError
-from unipool.files import write_text
+from unipool.files import remove, write_text
 from unipool.models import parameter_counts
 from unipool.models.generation import generate_text
 from unipool.models.loading import load_model
@@ -27,7 +27,7 @@ from unipool.report.tables import add_row, terminal
 from unipool.terminal import say
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import mean_rate, read_metrics
-from unipool.training.run import RunResult, run_training
+from unipool.training.run import LOCK, RunResult, locked, run_training
 
 LAYERS = 4
 EXPERTS_A_LAYER = 8  # of the layer-private model
@@ -93,10 +93,14 @@ def demo_configs(config: DemoConfig) -> dict[str, TrainConfig]:
 
 def run_demo(config: DemoConfig, *, resume: bool = False, console: Console | None = None) -> dict:
     """Train, measure and report into a folder; returns the content of metrics.json."""
-    begin, console = time.perf_counter(), console or Console(quiet=True)
-    out, configs = config.out, demo_configs(config)
-    if not resume:
-        _clear(out, configs)
+    with locked(config.out):
+        if not resume:
+            _clear(config.out, demo_configs(config))
+        return _run_demo(config, resume, console or Console(quiet=True))
+
+
+def _run_demo(config: DemoConfig, resume: bool, console: Console) -> dict:
+    begin, out, configs = time.perf_counter(), config.out, demo_configs(config)
     runs, samples = [], {}
     for name, run in configs.items():
         say(f"  {_describe(run)}", console, title=name)
@@ -121,13 +125,19 @@ def run_demo(config: DemoConfig, *, resume: bool = False, console: Console | Non
 
 
 def _clear(out: Path, configs: dict[str, TrainConfig]) -> None:
-    """Remove the runs of an earlier demo, and nothing else."""
-    for config in configs.values():
-        folder = Path(config.out)
-        if folder.is_dir() and (folder / "config.json").is_file():
-            shutil.rmtree(folder)
-        elif folder.exists():
-            raise InputError(f"--out {out}: {folder.name} is there and is no run of the demo")
+    """Remove the runs of an earlier demo, and nothing else; InputError, with all of them there, if
+    one cannot be or another process is training in one."""
+    with contextlib.ExitStack() as stack:
+        folders = [Path(config.out) for config in configs.values()]
+        folders = [folder for folder in folders if folder.exists() or folder.is_symlink()]
+        for folder in folders:
+            if folder.is_symlink() or not (folder / "config.json").is_file():
+                raise InputError(f"--out {out}: {folder.name} is there and is no run of the demo")
+            stack.enter_context(locked(folder))
+        for folder in folders:
+            for path in folder.iterdir():
+                if path.name != LOCK:
+                    remove(path)
 
 
 def _describe(config: TrainConfig) -> str:

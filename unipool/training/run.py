@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from rich.console import Console
@@ -39,6 +40,8 @@ from unipool.training.config import TrainConfig
 from unipool.training.metrics import MetricsLog
 from unipool.training.trainer import WRITE_ERRORS, PoolTrainer
 from unipool.training.validation import Validation
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def run_training(
     model_config = config.model_config(data.vocab_size, data.separator)
     check_trainable(config, model_config, device)
     with locked(out):
+        if not resume:
+            check_new(out)  # again: another run may have ended here since
         checkpoint = _prepare_folder(config, out, data, resume, console)
         if checkpoint is not None:  # its pool may have been resized since the run began
             model_config = load_config(checkpoint)
@@ -171,17 +176,27 @@ def locked(out: Path) -> Iterator[None]:
     """Keeps a second process out of the folder; the lock goes away with its process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle = open_own(out / ".lock", "r+")  # held open for the whole run
+        handle = open_own(out / LOCK, "r+")  # held open for the whole run
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there: {error.strerror}") from error
+    busy = InputError(f"--out {out}: another process is training there")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"--out {out}: another process is training there") from error
+            raise busy from error
         except OSError:
             pass  # a file system without locks
+        if not _is_at(handle, out / LOCK):  # it was removed, and another process may have its own
+            raise busy
         yield
+
+
+def _is_at(handle: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.lstat())
+    except OSError:
+        return False
 
 
 def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -> Path | None:
