@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 MANIFEST = "manifest.json"
+_FORMAT = 1  # of a manifest
 _STEP = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 20
 _TRIES = 100  # to put a folder in its place, while other processes put theirs there
@@ -99,7 +100,7 @@ def _seal(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_path(path)
-    write_text(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -170,14 +171,15 @@ def remove(path: Path) -> None:
 def folder_fault(path: Path, checksums: bool = True) -> str | None:
     """Why the folder `path` must not be used, in a few words; None if it is complete and intact.
 
-    Without `checksums` only presence and sizes are checked, which does not read the files.
+    Files must be those of the manifest; names that begin with a dot do not count. Without
+    `checksums` only presence and sizes are checked, which does not read the files.
     """
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if fault := _manifest_fault(manifest):
+            return f"{MANIFEST} {fault}"
         files = manifest["files"]
-        if manifest["format"] != 1 or not isinstance(files, dict):
-            return f"{MANIFEST} has an unknown format"
         for name, entry in files.items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -186,13 +188,39 @@ def folder_fault(path: Path, checksums: bool = True) -> str | None:
                 return f"{name} has {size} bytes instead of {entry['size']}"
             if checksums and _sha256(path / name) != entry["sha256"]:
                 return f"{name} does not match its checksum"
+        found = (file.relative_to(path).as_posix() for file in _files(path))
+        if more := [name for name in found if name not in files and not _is_hidden(name)]:
+            return f"{more[0]} is not listed in {MANIFEST}"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
         return f"{error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError):
         return f"{MANIFEST} is damaged"
     return None
+
+
+def _manifest_fault(manifest) -> str | None:
+    """What is wrong with the content of a manifest, whatever it is."""
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
+        return "is damaged"
+    if manifest["format"] != _FORMAT:
+        return f"has format {manifest['format']}, and not {_FORMAT}"
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(manifest) != {"format", "files"}:
+        return "is damaged"
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+            return "is damaged"
+        if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
+            return "is damaged"
+        if not name or name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
+            return "names a file outside the folder"
+    return None if files else "lists no file"
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def step_of(path: Path) -> int:
@@ -213,11 +241,13 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(
-    folder: Path, passed_over: Callable[[Path, str], None] | None = None
+    folder: Path,
+    passed_over: Callable[[Path, str], None] | None = None,
+    fault_of: Callable[[Path], str | None] = folder_fault,
 ) -> Path | None:
     """Newest complete `step-N` in `folder`, or None; tells `passed_over` of newer, faulty ones."""
     for path in _by_step(folder):
-        fault = folder_fault(path)
+        fault = fault_of(path)
         if fault is None:
             return path
         if passed_over is not None:

@@ -12,7 +12,6 @@ type says so.
 """
 
 import difflib
-import json
 import math
 import types
 from collections.abc import Iterable
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from unipool.errors import InputError
+from unipool.json_files import parse_json
 
+FORMAT = 1  # of the files that we write options to, and read back
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _KINDS |= {Path: "a path"}
 
@@ -85,6 +86,11 @@ def _brief(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _cut(value: Any) -> str:
+    text = _brief(value) if isinstance(value, int) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -162,7 +168,7 @@ class Field:
                 return kind(value)
             except ValueError:
                 pass
-        raise InputError(f"{self.flag} must be {_KINDS[kind]}, got {value!r}")
+        raise InputError(f"{self.flag} must be {_KINDS[kind]}, got {_cut(value)}")
 
 
 @cache
@@ -199,11 +205,20 @@ def read_options(file: Path, config: type) -> dict[str, Any]:
     values = _parse(Path(file))
     if not isinstance(values, dict):
         raise InputError(f"{file} must hold options by name, got {type(values).__name__}")
+    if values.get("format", FORMAT) != FORMAT or isinstance(values.get("format"), bool):
+        raise InputError(
+            f"{file} has format {_brief(values['format'])}, which is not the {FORMAT} that this "
+            "version of UniPool reads"
+        )
     found, known = {}, known_options(config)
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name == "format":
+            continue
         if name not in known:
-            raise InputError(f"{file} has an unknown option {key!r}{nearest(name, known)}")
+            raise InputError(
+                f"{file} has an unknown option {str(key)[:80]!r}{nearest(name, known)}"
+            )
         try:
             found[name] = known[name].convert(value)
         except InputError as error:
@@ -228,13 +243,15 @@ def _parse(file: Path) -> Any:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except ImportError as error:
         raise InputError(f"{file}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{file} is nested too deep to hold options") from error
     except ValueError as error:
         kind = file.suffix[1:].upper()
         raise InputError(f"{file} is not {kind}: {' '.join(str(error).split())}") from error
 
 
 def _json(text: str) -> Any:
-    return json.loads(text)
+    return parse_json(text)
 
 
 def _yaml(text: str) -> Any:

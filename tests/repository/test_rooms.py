@@ -24,43 +24,33 @@ ROOMS = {
     "errors": set(),
     "terminal": set(),
     "files": set(),
-    "options": {"errors"},
+    "options": {"errors", "json_files"},
     "configs": {"errors", "options"},
     "json_files": {"errors"},
+    "schema": {"errors", "json_files"},
     "model_folder": {"errors", "json_files"},
     "checkpoints": {"model_folder", *PLAIN},
     "data": {"json_files", "model_folder", *PLAIN},
     "report": {"terminal", *PLAIN},
     "models": {
-        *("checkpoints", "configs", "data", "model_folder", "nn", "ops", "scales"),
-        *PLAIN,
+        *("checkpoints", "configs", "data", "json_files", "model_folder", "nn", "ops", "scales"),
+        *("schema", *PLAIN),
     },
-    "training": {"__init__", "configs", "data", "models", "options", "report", "terminal", *PLAIN},
-    "evaluation": {"checkpoints", "configs", "data", "errors", "models", "report", "training"},
+    "training": {
+        *("__init__", "configs", "data", "json_files", "model_folder", "models", "options"),
+        *("report", "schema", "terminal", *PLAIN),
+    },
+    "evaluation": {
+        *("checkpoints", "configs", "data", "errors", "json_files", "models", "report"),
+        "training",
+    },
     "analysis": {
-        *(
-            "__init__",
-            "checkpoints",
-            "configs",
-            "data",
-            "models",
-            "nn",
-            "ops",
-            "report",
-            "training",
-        ),
-        *PLAIN,
+        *("__init__", "checkpoints", "configs", "data", "models", "nn", "ops", "report"),
+        *("training", *PLAIN),
     },
     "compare": {
-        "__init__",
-        "configs",
-        "data",
-        "models",
-        "nn",
-        "report",
-        "terminal",
-        "training",
-        *PLAIN,
+        *("__init__", "configs", "data", "models", "nn", "options", "report", "schema"),
+        *("terminal", "training", *PLAIN),
     },
     "cli": {
         *("__init__", "analysis", "checkpoints", "compare", "configs", "doctor", "errors"),
@@ -70,7 +60,7 @@ ROOMS = {
 
 # What is no training of its own takes from `training` only what a run was told and has written.
 TRAINERS = {"training", "compare", "cli"}
-OF_A_RUN = {"unipool.training.config", "unipool.training.run", "unipool.training.metrics"}
+OF_A_RUN = {f"unipool.training.{name}" for name in ("config", "metrics", "resuming", "run")}
 
 
 def modules(package: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from unipool.data.tokens import ValBlocks, default_cache
 from unipool.errors import InputError
 from unipool.models.loading import load_model, resolve_device
 from unipool.training.config import TrainConfig, find_run
+from unipool.training.resuming import read_key
 from unipool.training.run import tokenise
 
 
@@ -75,7 +76,7 @@ def load_subject(
 
 def _held_out_tokens(folder: Path, run: TrainConfig) -> np.ndarray:
     data, _ = tokenise(run, default_cache())
-    if data.key != (folder / "data.key").read_text(encoding="utf-8").strip():
+    if data.key != read_key(folder):
         raise InputError(
             f"data: the text of {folder} has changed since, so that what was held out is not "
             "known; choose a text with --data"

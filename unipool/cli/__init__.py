@@ -32,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a letter that a terminal lacks ends no command
             stream.reconfigure(errors="backslashreplace")
     if arguments[:1] == ["doctor"]:
-        return _doctor.main(arguments[1:])
+        try:
+            return _doctor.main(arguments[1:])
+        except Exception as error:
+            return _fail(_unexpected(error), code=1)
     if typer is None:
         return _fail(
             f"the command line needs typer: {_EXTRA} (only `unipool doctor` works without)"

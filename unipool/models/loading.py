@@ -30,9 +30,13 @@ def load_model(path: Path, device: str = "cpu", trust_remote_code: bool = False)
         check_weights_hold(load_config(folder), folder)
     options = {"trust_remote_code": trust_remote_code} | FROM_FOLDER
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder), output_loading_info=True, **options
+        )
     except Exception as error:  # transformers raises many kinds for an unusable folder
         raise InputError(f"model: cannot load {folder}: {first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # which would be drawn at random
+        raise InputError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
     return model.to(device).eval(), load_hugging_face(folder, trust_remote_code)
 
 

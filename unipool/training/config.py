@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from unipool.errors import InputError
-from unipool.options import Option, check_options, known_options, read_options
+from unipool.options import FORMAT, Option, check_options, known_options, read_options
 
 _MODEL_FIELDS = {  # option -> field of the model's configuration
     "d_model": "hidden_size",
@@ -156,12 +156,15 @@ class TrainConfig:
         return 16 * self.tokens_per_step
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
         """The configuration in a run's config.json; InputError if it cannot be read."""
         values = read_options(path, cls)
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is not None]
+        if missing := [name for name in needed if name not in values]:
+            raise InputError(f"{path} is not the configuration of a run: it lacks {missing[0]}")
         try:
             return cls(**values)
         except InputError as error:

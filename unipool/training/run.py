@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
 from unipool.data.tokenizer import load_tokenizer
 from unipool.data.tokens import TokenData, check_length, default_cache, load_data
-from unipool.errors import InputError, TrainingError
+from unipool.errors import InputError, TrainingError, first_line
 from unipool.files import (
     complete_folder,
     latest_checkpoint,
@@ -37,7 +37,8 @@ from unipool.models.memory import TRAINED, check_memory
 from unipool.terminal import say
 from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
-from unipool.training.metrics import MetricsLog
+from unipool.training.metrics import MetricsLog, read_metrics
+from unipool.training.resuming import DATA_KEY, check_weights, last_usable, read_key
 from unipool.training.trainer import WRITE_ERRORS, PoolTrainer
 from unipool.training.validation import Validation
 
@@ -85,10 +86,17 @@ def run_training(
         checkpoint = _prepare_folder(config, out, data, resume, console)
         if checkpoint is not None:  # its pool may have been resized since the run began
             model_config = load_config(checkpoint)
+            if model_config.vocab_size != data.vocab_size:
+                raise InputError(
+                    f"{checkpoint}/config.json must have vocab_size={data.vocab_size}, that of the "
+                    f"tokenizer, got {model_config.vocab_size}; remove the checkpoint"
+                )
         check_trainable(config, model_config, device)
         set_seed(config.seed)
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
         saved_tokenizer = tokenizer.hugging_face()
+        if checkpoint is not None:
+            check_weights(checkpoint, model)
         trainer = PoolTrainer(model, config, data, out / "checkpoints", device, saved_tokenizer)
         with StopSignals() as signals:
             _train(trainer, checkpoint, signals, out, console, name)
@@ -109,7 +117,16 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except (TrainingError, OSError) as error:
+    except InputError:
+        raise
+    except Exception as error:
+        if checkpoint is not None and not trainer.begun:
+            raise InputError(
+                f"{checkpoint} cannot be resumed from: {first_line(error)}; remove it, to go on "
+                "from the one before"
+            ) from error
+        if not isinstance(error, TrainingError | OSError):
+            raise
         last = latest_checkpoint(out / "checkpoints")
         where = f"last complete checkpoint: {last}" if last else "no checkpoint was written yet"
         raise TrainingError(f"{error}; {where}") from error
@@ -201,14 +218,21 @@ def _is_at(handle: IO, path: Path) -> bool:
 
 def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -> Path | None:
     """Write config.json, or check that the run may go on; returns the checkpoint to start from."""
-    checkpoints, key_file = out / "checkpoints", out / "data.key"
+    checkpoints, key_file = out / "checkpoints", out / DATA_KEY
     remove_leftovers(out)
     remove_leftovers(checkpoints)
     checkpoint = None
     if resume:
-        checkpoint = _last_usable(checkpoints, console)
-        if key_file.exists() and key_file.read_text(encoding="utf-8").strip() != data.key:
+        key = read_key(out)
+        if key not in (None, data.key):
             raise InputError("--data: the text has changed since this run began; start a new run")
+        read_metrics(out / "metrics.jsonl")
+        checkpoint = last_usable(checkpoints, console)
+        if checkpoint is not None and key is None:
+            raise InputError(
+                f"{key_file} is missing, so that nobody knows what {checkpoint} was trained on; "
+                "start a new run, or put back the file"
+            )
         if checkpoint is not None and step_of(checkpoint) > config.steps:
             raise InputError(f"--steps must be at least {step_of(checkpoint)}, got {config.steps}")
     try:
@@ -221,21 +245,6 @@ def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -
     if resume:
         say(f"resuming {out} {start}", console)
     return checkpoint
-
-
-def _last_usable(checkpoints: Path, console: Console) -> Path | None:
-    """The newest complete checkpoint; newer, damaged ones are renamed and count no more."""
-    damaged: list[Path] = []
-
-    def passed_over(path: Path, fault: str) -> None:
-        say(f"warning: checkpoint {path} is passed over: {fault}", console)
-        damaged.append(path)
-
-    found = latest_checkpoint(checkpoints, passed_over)
-    for path in damaged:
-        with contextlib.suppress(OSError):
-            path.rename(path.with_name(f"damaged-{path.name}"))
-    return found
 
 
 def _save_model(model, tokenizer, folder: Path) -> None:

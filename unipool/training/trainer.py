@@ -10,7 +10,6 @@ What is changed, and at which seam:
 - `evaluate`: the exact held-out loss of validation.py.
 """
 
-import contextlib
 import json
 import math
 import time
@@ -22,10 +21,12 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from unipool import schema
 from unipool.data.tokens import TokenData, TrainBlocks, ValBlocks
 from unipool.errors import TrainingError
 from unipool.files import complete_folder, prune, step_folder, step_of
 from unipool.training.config import TrainConfig
+from unipool.training.resuming import WINDOW, Window, check_restored
 from unipool.training.validation import Validation, validate
 
 WRITE_ERRORS = (
@@ -33,7 +34,6 @@ WRITE_ERRORS = (
     RuntimeError,
     SafetensorError,
 )  # torch.save reports a full disk as the second
-_WINDOW = "log_window.json"
 
 
 def training_arguments(config: TrainConfig, device: str, output_dir: Path) -> TrainingArguments:
@@ -116,6 +116,7 @@ class PoolTrainer(Trainer):
         self.checkpoints = Path(checkpoints)
         self.validations: dict[int, Validation] = {}  # by step
         self._first_step = 0
+        self.begun = False  # whether a step of this process has
         self._step_loss: torch.Tensor | None = None
         self._window: dict[str, torch.Tensor] = {}
         self._window_seconds = 0.0
@@ -226,7 +227,7 @@ class PoolTrainer(Trainer):
                 written = staging / f"checkpoint-{step}"
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(written)
-                (written / _WINDOW).write_text(json.dumps(self._window_state()), encoding="utf-8")
+                (written / WINDOW).write_text(json.dumps(self._window_state()), encoding="utf-8")
                 for path in written.iterdir():
                     path.rename(staging / path.name)
                 written.rmdir()
@@ -249,16 +250,21 @@ class PoolTrainer(Trainer):
     def restore_window(self) -> None:
         """Take up the averages of a logging window that the checkpoint cut in two."""
         folder = step_folder(self.checkpoints, self._first_step)
-        with contextlib.suppress(FileNotFoundError):
-            state = json.loads((folder / _WINDOW).read_text(encoding="utf-8"))
-            self._tr_loss += state["loss"]
-            self._globalstep_last_logged = state["last_logged"]
-            self._window_steps = state["steps"]
-            self._window_seconds = state["seconds"]
-            self._window = {
-                name: torch.tensor(total, dtype=torch.float64, device=self.args.device)
-                for name, total in state["terms"].items()
-            }
+        state = schema.read(folder / WINDOW, Window, "remove the checkpoint")
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged = state["last_logged"]
+        self._window_steps = state["steps"]
+        self._window_seconds = state["seconds"]
+        self._window = {
+            name: torch.tensor(total, dtype=torch.float64, device=self.args.device)
+            for name, total in state["terms"].items()
+        }
+
+    def check_restored(self) -> None:
+        """InputError unless the optimizer and the learning rate are those of the checkpoint."""
+        folder = step_folder(self.checkpoints, self._first_step)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        check_restored(optimizer, self.lr_scheduler, self._first_step, folder)
 
 
 class _Bookkeeping(TrainerCallback):
@@ -271,9 +277,11 @@ class _Bookkeeping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step > 0:
             self._trainer.restore_window()
+            self._trainer.check_restored()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()
+        self._trainer.begun = True
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
