@@ -5,7 +5,7 @@ from pathlib import Path
 
 from unipool.errors import InputError
 from unipool.files import MANIFEST, folder_fault, latest_checkpoint, step_of
-from unipool.model_folder import INDEX, WEIGHTS, check_model_folder
+from unipool.model_folder import INDEX, WEIGHTS, check_model_folder, check_path
 
 ALLOWED = "a run folder, a complete checkpoint of one, or a Hugging Face model folder"
 
@@ -17,7 +17,12 @@ def find_model(path: Path, trust_remote_code: bool = False) -> Path:
     that is not trusted.
     """
     path = Path(path)
-    if not path.is_dir():
+    check_path(path, "model:")
+    try:
+        found = path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"model: {path}: {error.strerror}") from error
+    if not found:
         raise InputError(f"model: {path} is not a folder")
     if (path / "model").is_dir():
         path = path / "model"

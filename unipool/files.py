@@ -23,7 +23,7 @@ from typing import IO
 
 MANIFEST = "manifest.json"
 _FORMAT = 1  # of a manifest
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _CHUNK = 1 << 20
 _TRIES = 100  # to put a folder in its place, while other processes put theirs there
 
@@ -260,16 +260,25 @@ def prune(folder: Path, keep: int) -> None:
     kept = 0
     for path in _by_step(folder):
         if kept >= keep:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)  # of a link only the link: what it leads to is not ours to delete
         elif folder_fault(path, checksums=False) is None:
             kept += 1
 
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
-    """Remove what killed writers left in `folder`, if untouched for `older_than` seconds."""
+    """Remove what killed writers left in `folder`, if untouched for `older_than` seconds.
+
+    What was touched as far in the future is left over, too, from before the clock was set back.
+    """
     if not Path(folder).is_dir():
         return
     for path in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime >= older_than:
+            if older_than <= 0 or abs(time.time() - _last_touched(path)) >= older_than:
                 remove(path)
+
+
+def _last_touched(path: Path) -> float:
+    """Of a folder, also its files: writing to one does not touch the folder."""
+    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
+    return max(one.lstat().st_mtime for one in (path, *inside))

@@ -33,8 +33,20 @@ _ATTENTION = ("eager", "sdpa", "flex_attention")
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
+def check_path(path: Path, what: str) -> None:
+    """InputError for a path that is no UTF-8: the libraries that read and write models take none.
+
+    Text and results, which we read and write ourselves, may lie anywhere.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {path} must be a path in UTF-8, for a model") from None
+
+
 def check_tokenizer_folder(folder: Path, trust_remote_code: bool = False) -> None:
     """InputError, in one line, for JSON that cannot be read, or code that is not trusted."""
+    check_path(folder, "folder")
     for name in (*_WITH_CODE, *_OTHERS):
         if (folder / name).exists():
             values = _read_object(folder / name)

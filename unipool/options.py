@@ -134,6 +134,8 @@ class Field:
                     raise InputError(f"{self.flag} must be below 2**62, got {_brief(one)}")
             else:
                 fits, due = isinstance(one, self.kind), _KINDS[self.kind]
+                if fits and (self.kind is Path or self.option.path) and "\0" in str(one):
+                    fits, due = False, "a path"
             if not fits:
                 raise InputError(f"{self.flag} must be {due}, got {_brief(one)}")
 

@@ -6,6 +6,9 @@ Bad input is one line on stderr and exit code 2; a run that had to stop is one l
 a run that a signal stopped exits with 128 + the signal's number.
 """
 
+import contextlib
+import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -49,8 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         hint = "" if "pip install" in str(error) else f"; try {_EXTRA}"
         return _fail(f"{str(error).splitlines()[0]}{hint} (see `unipool doctor`)", code=1)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", code=130)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__cause__
+        return _fail(str(cause or "") or "interrupted", code=130)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            return _fail(_unexpected(error), code=1)
+        return _fail(f"cannot use {error.filename}: {error.strerror}", code=1)
     except typer.Exit as error:
         return error.exit_code
     except Exception as error:
@@ -82,7 +93,8 @@ def _parser_message(error) -> str:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"unipool: {printable(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(f"unipool: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -128,7 +128,7 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
     for line in damaged:
         tell(line)
     running: dict[Member, _Child] = {}
-    with StopSignals() as signals:
+    with StopSignals("interrupted; runs at work still write their checkpoints") as signals:
         try:
             while (queue and signals.received is None) or running:
                 while queue and len(running) < jobs and signals.received is None:

@@ -17,7 +17,7 @@ from unipool.configs import ConvertConfig, ResizeConfig
 from unipool.errors import InputError, TrainingError, first_line
 from unipool.files import MANIFEST, complete_folder
 from unipool.json_files import read_json
-from unipool.model_folder import check_links, leads_out
+from unipool.model_folder import check_links, check_path, leads_out
 from unipool.models import UniPoolConfig, UniPoolForCausalLM
 from unipool.models.convert import check_mixtral, from_mixtral, to_mixtral, to_private, to_shared
 from unipool.models.loading import FROM_FOLDER, load_config
@@ -92,6 +92,7 @@ def _refuse_shared():
 
 
 def _source(source: Path, out: Path) -> Path:
+    check_path(out, "folder")
     folder, out = find_model(source), Path(out)
     check_links(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -32,6 +32,7 @@ from unipool.files import (
     step_of,
     write_text,
 )
+from unipool.model_folder import check_path
 from unipool.models.loading import load_config, resolve_device
 from unipool.models.memory import TRAINED, check_memory
 from unipool.terminal import say
@@ -74,6 +75,7 @@ def run_training(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("WORLD_SIZE: a run uses one process, got " + os.environ["WORLD_SIZE"])
     out = Path(config.out)
+    check_path(out, "--out")
     device = resolve_device(config.device)
     if not resume:
         check_new(out)
@@ -119,6 +121,10 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
         trainer.train(resume_from_checkpoint=checkpoint)
     except InputError:
         raise
+    except KeyboardInterrupt as error:
+        last = latest_checkpoint(out / "checkpoints")
+        where = f"last complete checkpoint: {last}" if last else "no checkpoint was written yet"
+        raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; {where}") from None
     except Exception as error:
         if checkpoint is not None and not trainer.begun:
             raise InputError(
@@ -178,6 +184,7 @@ def _writable(folder: Path) -> bool:
 
 def check_new(out: Path, marker: str = "config.json", what: str = "run") -> None:
     """InputError unless `out` is free; `marker` is the file that tells a run, or another thing."""
+    check_path(out, "--out")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file")
     if (out / marker).exists():
