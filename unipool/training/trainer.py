@@ -7,6 +7,7 @@ What is changed, and at which seam:
 - `compute_loss`, `log`: language and balance loss are logged apart, averaged over the same window,
   and a window that a checkpoint cuts in two is restored;
 - `training_step`, `_clip_grad_norm`: non-finite loss or gradient raises before a weight changes;
+- `create_optimizer`: non-finite weights or moments raise in the step that made them;
 - `evaluate`: the exact held-out loss of validation.py.
 """
 
@@ -175,6 +176,33 @@ class PoolTrainer(Trainer):
                 "(a lower --lr or --precision fp32 may help)"
             )
         return norm
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new:
+            optimizer.register_step_post_hook(self._check_step)
+        return optimizer
+
+    def _check_step(self, optimizer, *_) -> None:
+        """A finite gradient may still overflow where it is squared, and lead to a weight that is
+        not finite; the loss would tell one step later, after a checkpoint of it."""
+        held = {"weight": [], "exp_avg": [], "exp_avg_sq": []}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                held["weight"].append(parameter.detach())
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name in optimizer.state.get(parameter, {}):
+                        held[name].append(optimizer.state[parameter][name])
+        # The greatest magnitude is not finite if one value is not. One wait for the device.
+        greatest = [torch.nn.utils.get_total_norm(v, math.inf).float() for v in held.values() if v]
+        if torch.isfinite(torch.stack(greatest)).all():
+            return
+        what = [n for n, v in held.items() if v and not all(t.isfinite().all() for t in v)]
+        raise TrainingError(
+            f"step {self.state.global_step + 1}: {' and '.join(what)} of AdamW not finite after "
+            "it; nothing of the step is kept (a lower --lr or --clip may help)"
+        )
 
     # --- log and validation
 
