@@ -71,7 +71,7 @@ __device__ __forceinline__ void find_descending(const GroupedWgradArgs& args, ui
   const int e = threadIdx.x;
   if (e < kWgradSegmentLimit / 32) bits[e] = 0;
   __syncthreads();
-#pragma unroll 4
+#pragma unroll 1  // once per launch
   for (int s = 0; s < args.count; ++s) {
     const bool descends = e < args.experts && bounded_offset(args.segments[s], e + 1) <
                                                   bounded_offset(args.segments[s], e);

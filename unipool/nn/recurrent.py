@@ -5,8 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unipool.nn.router import check_sizes, new_scale, norm_router_calibration, wide_logits
-from unipool.ops import Routing, norm_topk, softmax_topk
+from unipool.nn.router import (
+    check_sizes,
+    new_scale,
+    norm_router_calibration,
+    norm_routing,
+    wide_logits,
+)
+from unipool.ops import Routing, softmax_topk
 
 SCORINGS = ("softmax", "norm")
 
@@ -137,14 +143,7 @@ class RecurrentRouter(nn.Module):
     def _score(self, logits: Tensor, mask: Tensor | None) -> Routing:
         if self.scoring == "softmax":
             return softmax_topk(logits, self.top_k, renormalize=self.renormalize, mask=mask)
-        return norm_topk(
-            logits,
-            self.scale.to(logits.dtype),
-            self.top_k,
-            calibration=self.calibration,
-            eps=self.eps,
-            mask=mask,
-        )
+        return norm_routing(self, logits, mask)
 
     def _check(self, x: Tensor, cell: nn.GRUCell, state: Tensor | None) -> None:
         if x.dim() != 2 or x.shape[1] != self.d_model:

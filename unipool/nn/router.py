@@ -75,6 +75,18 @@ def _give_scale_its_dimension(_router, state: dict[str, Tensor], prefix: str, *_
         state[name] = state[name].reshape(1)
 
 
+def norm_routing(router: nn.Module, logits: Tensor, mask: Tensor | None) -> Routing:
+    """ops.norm_topk with the scale, k, calibration and eps of `router`."""
+    return norm_topk(
+        logits,
+        router.scale.to(logits.dtype),
+        router.top_k,
+        calibration=router.calibration,
+        eps=router.eps,
+        mask=mask,
+    )
+
+
 class _Router(nn.Module):
     """The part that routers share: the projection [M, D] and its initialisation."""
 
@@ -136,15 +148,7 @@ class NormRouter(_Router):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """x [T, D]; mask [M] bool, True hides an expert -> Routing."""
-        logits = self.logits(x)
-        return norm_topk(
-            logits,
-            self.scale.to(logits.dtype),
-            self.top_k,
-            calibration=self.calibration,
-            eps=self.eps,
-            mask=mask,
-        )
+        return norm_routing(self, self.logits(x), mask)
 
 
 class SoftmaxRouter(_Router):
