@@ -13,6 +13,7 @@ type says so.
 
 import difflib
 import math
+import os
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
@@ -89,6 +90,13 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def _can_be_path(value: str | Path) -> bool:
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 def _cut(value: Any) -> str:
     text = _brief(value) if isinstance(value, int) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
@@ -119,6 +127,10 @@ class Field:
         """What it is called in messages."""
         return self.name if self.option.argument else "--" + self.name.replace("_", "-")
 
+    @property
+    def _is_path(self) -> bool:
+        return self.kind is Path or self.option.path is not None
+
     def check(self, value: Any) -> None:
         """InputError unless `value` has the field's type and is in its range."""
         if value is None and self.default is None:
@@ -134,7 +146,7 @@ class Field:
                     raise InputError(f"{self.flag} must be below 2**62, got {_brief(one)}")
             else:
                 fits, due = isinstance(one, self.kind), _KINDS[self.kind]
-                if fits and (self.kind is Path or self.option.path) and "\0" in str(one):
+                if fits and self._is_path and not _can_be_path(one):
                     fits, due = False, "a path"
             if not fits:
                 raise InputError(f"{self.flag} must be {due}, got {_brief(one)}")
@@ -158,6 +170,8 @@ class Field:
         return tuple(map(self._convert_one, values))
 
     def _convert_one(self, value: Any) -> Any:
+        if self._is_path and isinstance(value, str | Path) and not _can_be_path(value):
+            raise InputError(f"{self.flag} must be a path, got {_cut(value)}")
         if self.option.path and isinstance(value, str | Path):
             return str(value)
         kind, given = self.kind, type(value)

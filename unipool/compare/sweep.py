@@ -26,6 +26,57 @@ _SHARED = ("data", "field", "tokenizer", "seq_len", "batch_size", "accumulate", 
 _SHARED += ("init_std", "eval_tokens", "save_every", "device", "precision")
 
 
+_ADVICE = "put back the file that was there, or start a new sweep"
+_Count = Annotated[int, schema.Range(min=1)]
+_Whole = Annotated[int, schema.Range(min=0)]
+
+
+class _SavedVariant(TypedDict):
+    router: str
+    pools: _Count
+    pool_size: _Count
+    balance: str
+    delay: _Whole
+    granularity: _Count
+
+
+class _Options(TypedDict):
+    """Of TrainConfig, which checks their ranges."""
+
+    data: list[str]
+    seq_len: _Count
+    batch_size: _Count
+    steps: _Count
+    lr: float
+    min_lr: float
+
+
+class _AllOptions(_Options, total=False):
+    accumulate: _Count
+    device: str
+    eval_every: _Whole
+    eval_tokens: _Whole
+    field: str
+    init_std: float
+    keep: _Count
+    log_every: _Count
+    precision: str
+    save_every: _Whole
+    tokenizer: str
+    warmup: float
+
+
+class _SavedBefore(TypedDict, total=False):
+    format: Literal[1]
+
+
+class _Saved(_SavedBefore):
+    scale: str
+    variants: list[_SavedVariant]
+    seeds: list[_Whole]
+    options: _AllOptions
+
+
 @dataclass(frozen=True)
 class Sweep:
     """variants: the baselines and the models to compare with them, each trained with every seed.
@@ -82,56 +133,6 @@ class Sweep:
         except InputError as error:
             raise InputError(f"{path} is not a sweep: {error}; {_ADVICE}") from error
         return sweep
-
-
-_ADVICE = "put back the file that was there, or start a new sweep"
-_Count = Annotated[int, schema.Range(min=1)]
-_Whole = Annotated[int, schema.Range(min=0)]
-
-
-class _SavedVariant(TypedDict):
-    router: str
-    pools: _Count
-    pool_size: _Count
-    balance: str
-    delay: _Whole
-    granularity: _Count
-
-
-class _Options(TypedDict):
-    """Of TrainConfig, which checks their ranges."""
-
-    data: list[str]
-    seq_len: _Count
-    batch_size: _Count
-    steps: _Count
-    lr: float
-    min_lr: float
-
-
-class _AllOptions(_Options, total=False):
-    accumulate: _Count
-    device: str
-    eval_every: _Whole
-    eval_tokens: _Whole
-    field: str
-    init_std: float
-    keep: _Count
-    precision: str
-    save_every: _Whole
-    tokenizer: str
-    warmup: float
-
-
-class _SavedBefore(TypedDict, total=False):
-    format: Literal[1]
-
-
-class _Saved(_SavedBefore):
-    scale: str
-    variants: list[_SavedVariant]
-    seeds: list[_Whole]
-    options: _AllOptions
 
 
 def _check_whole(sweep: Sweep) -> None:

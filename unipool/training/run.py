@@ -87,12 +87,7 @@ def run_training(
             check_new(out)  # again: another run may have ended here since
         checkpoint = _prepare_folder(config, out, data, resume, console)
         if checkpoint is not None:  # its pool may have been resized since the run began
-            model_config = load_config(checkpoint)
-            if model_config.vocab_size != data.vocab_size:
-                raise InputError(
-                    f"{checkpoint}/config.json must have vocab_size={data.vocab_size}, that of the "
-                    f"tokenizer, got {model_config.vocab_size}; remove the checkpoint"
-                )
+            model_config = _resumed_config(checkpoint, model_config)
         check_trainable(config, model_config, device)
         set_seed(config.seed)
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
@@ -126,7 +121,7 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
         where = f"last complete checkpoint: {last}" if last else "no checkpoint was written yet"
         raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; {where}") from None
     except Exception as error:
-        if checkpoint is not None and not trainer.begun:
+        if checkpoint is not None and not (trainer.begun or isinstance(error, TrainingError)):
             raise InputError(
                 f"{checkpoint} cannot be resumed from: {first_line(error)}; remove it, to go on "
                 "from the one before"
@@ -138,6 +133,18 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
         raise TrainingError(f"{error}; {where}") from error
     finally:
         display.close()
+
+
+def _resumed_config(checkpoint: Path, due):
+    """The configuration in a checkpoint: one of the run's kind, and for its tokenizer."""
+    found = load_config(checkpoint)
+    for name in ("model_type", "vocab_size"):
+        if getattr(found, name) != getattr(due, name):
+            raise InputError(
+                f"{checkpoint}/config.json must have {name}={getattr(due, name)} as the run has, "
+                f"got {getattr(found, name)}; remove the checkpoint"
+            )
+    return found
 
 
 def check_trainable(config: TrainConfig, model_config, device: str) -> None:
