@@ -133,7 +133,7 @@ class GenerateConfig(_Checked):
 
     model: Annotated[Path, Option("run, checkpoint or Hugging Face folder", argument=True)]
     prompt: Annotated[str, Option("text to go on from")] = ""
-    max_new_tokens: Annotated[int, Option("tokens to write", min=1)] = 200
+    max_new_tokens: Annotated[int, Option("tokens to write", min=1, max=1 << 20)] = 200
     temperature: Annotated[float, Option("0: always the likeliest token", min=0, max=100)] = 0.8
     seed: Annotated[int, Option("of the sampling", min=0)] = 0
     device: Annotated[Device, _WHERE_TO_RUN] = "auto"
@@ -190,7 +190,7 @@ class ProbeConfig(_Checked):
     layer: Annotated[
         tuple[int, ...] | None, Option("decoder layer to probe; repeatable [every MoE layer]")
     ] = None
-    seeds: Annotated[int, Option("random routings a layer", min=1)] = 3
+    seeds: Annotated[int, Option("random routings a layer", min=1, max=10_000)] = 3
     weights: Annotated[
         Literal["rule", "kept"],
         Option("of the random experts: by the router's rule, or those it chose itself"),
@@ -212,7 +212,9 @@ class AnalyzeConfig(_Checked):
     field: Annotated[str, _TEXT_FIELD] = "text"
     out: Annotated[Path, Option("folder of the report")] = Path("runs/analysis")
     tokens: Annotated[int, _TOKENS] = 1 << 16
-    shuffles: Annotated[int, Option("random pairings of tokens, to compare layers with", min=1)] = 3
+    shuffles: Annotated[
+        int, Option("random pairings of tokens, to compare layers with", min=1, max=10_000)
+    ] = 3
     seed: Annotated[int, Option("of the pairings", min=0)] = 0
     seq_len: Annotated[int | None, _SEQ_LEN] = None
     batch_size: Annotated[int, _SEQUENCES] = 8
@@ -253,7 +255,7 @@ class ResizeConfig(_Checked):
 
     source: Annotated[Path, _SOURCE]
     out: Annotated[Path, _NEW_FOLDER]
-    experts: Annotated[int, Option("experts per pool, more or fewer than now", min=1)]
+    experts: Annotated[int, Option("experts per pool, more or fewer than now", min=1, max=1 << 16)]
     add: Annotated[Literal["copy", "init"], Option("new experts: copies, or drawn")] = "copy"
     show: Annotated[
         Literal["split", "hidden", "all"] | None,

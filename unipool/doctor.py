@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from unipool.options import nearest
+from unipool.terminal import printable, say
 
 REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 _MIN_TORCH = (2, 11)
@@ -379,12 +380,11 @@ def main(arguments: list[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         near = nearest(unknown[0], ["--json", "--help"])
-        print(
-            f"unipool: doctor: unknown argument {unknown[0]!r}{near} (see --help)", file=sys.stderr
-        )
+        what = printable(f"doctor: unknown argument {unknown[0]!r}{near}")
+        print(f"unipool: {what} (see --help)", file=sys.stderr)
         return 2
     report = diagnose()
-    print(json.dumps(report, indent=1) if options.json else render(report))
+    say(json.dumps(report, indent=1) if options.json else render(report), lines=True)
     return 0 if report["ok"] else 1
 
 

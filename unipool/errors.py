@@ -6,5 +6,11 @@ class InputError(ValueError):
     """An option, a file or a folder given by the user cannot be used."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line; its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class TrainingError(RuntimeError):
     """A run had to stop: non-finite loss or gradient, or a checkpoint that could not be written."""

@@ -12,8 +12,8 @@ type says so.
 """
 
 import difflib
-import json
 import math
+import os
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from unipool.errors import InputError
+from unipool.json_files import parse_json
 
+FORMAT = 1  # of the files that we write options to, and read back
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _KINDS |= {Path: "a path"}
 
@@ -80,6 +82,26 @@ class Option:
         return "" if low is None else f"x{over.replace('<', '>')}{_shown(low)}"
 
 
+def _brief(value: Any) -> str:
+    """str(value), cut; Python shows no integer of more than 4300 digits."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _can_be_path(value: str | Path) -> bool:
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+def _cut(value: Any) -> str:
+    text = _brief(value) if isinstance(value, int) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _shown(bound: float) -> str:
     large = isinstance(bound, int) and bound > 1 << 16 and bound.bit_count() == 1
     return f"2**{bound.bit_length() - 1}" if large else f"{bound:g}"
@@ -105,6 +127,10 @@ class Field:
         """What it is called in messages."""
         return self.name if self.option.argument else "--" + self.name.replace("_", "-")
 
+    @property
+    def _is_path(self) -> bool:
+        return self.kind is Path or self.option.path is not None
+
     def check(self, value: Any) -> None:
         """InputError unless `value` has the field's type and is in its range."""
         if value is None and self.default is None:
@@ -116,10 +142,14 @@ class Field:
                 number = isinstance(one, int | self.kind) and not isinstance(one, bool)
                 fits = number and self.option.holds(one)
                 due = self.option.range if number else _KINDS[self.kind]
+                if fits and isinstance(one, int) and abs(one) >= 1 << 62:
+                    raise InputError(f"{self.flag} must be below 2**62, got {_brief(one)}")
             else:
                 fits, due = isinstance(one, self.kind), _KINDS[self.kind]
+                if fits and self._is_path and not _can_be_path(one):
+                    fits, due = False, "a path"
             if not fits:
-                raise InputError(f"{self.flag} must be {due}, got {one}")
+                raise InputError(f"{self.flag} must be {due}, got {_brief(one)}")
 
     def convert(self, value: Any) -> Any:
         """A value of a file or of the command line, as the field's type; InputError if it is none.
@@ -140,6 +170,8 @@ class Field:
         return tuple(map(self._convert_one, values))
 
     def _convert_one(self, value: Any) -> Any:
+        if self._is_path and isinstance(value, str | Path) and not _can_be_path(value):
+            raise InputError(f"{self.flag} must be a path, got {_cut(value)}")
         if self.option.path and isinstance(value, str | Path):
             return str(value)
         kind, given = self.kind, type(value)
@@ -152,7 +184,7 @@ class Field:
                 return kind(value)
             except ValueError:
                 pass
-        raise InputError(f"{self.flag} must be {_KINDS[kind]}, got {value!r}")
+        raise InputError(f"{self.flag} must be {_KINDS[kind]}, got {_cut(value)}")
 
 
 @cache
@@ -189,11 +221,20 @@ def read_options(file: Path, config: type) -> dict[str, Any]:
     values = _parse(Path(file))
     if not isinstance(values, dict):
         raise InputError(f"{file} must hold options by name, got {type(values).__name__}")
+    if values.get("format", FORMAT) != FORMAT or isinstance(values.get("format"), bool):
+        raise InputError(
+            f"{file} has format {_brief(values['format'])}, which is not the {FORMAT} that this "
+            "version of UniPool reads"
+        )
     found, known = {}, known_options(config)
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name == "format":
+            continue
         if name not in known:
-            raise InputError(f"{file} has an unknown option {key!r}{nearest(name, known)}")
+            raise InputError(
+                f"{file} has an unknown option {str(key)[:80]!r}{nearest(name, known)}"
+            )
         try:
             found[name] = known[name].convert(value)
         except InputError as error:
@@ -218,13 +259,15 @@ def _parse(file: Path) -> Any:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except ImportError as error:
         raise InputError(f"{file}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{file} is nested too deep to hold options") from error
     except ValueError as error:
         kind = file.suffix[1:].upper()
         raise InputError(f"{file} is not {kind}: {' '.join(str(error).split())}") from error
 
 
 def _json(text: str) -> Any:
-    return json.loads(text)
+    return parse_json(text)
 
 
 def _yaml(text: str) -> Any:

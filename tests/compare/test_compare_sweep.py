@@ -140,13 +140,11 @@ def test_a_signal_stops_the_sweep_which_goes_on_to_equal_results(sweep, tmp_path
     (folder / "sweep.json").write_text(slow.to_json())
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = folder / "runs" / begun.variants[0].name / "seed-3"
-    deadline = time.monotonic() + 600
     while not (first / "metrics.jsonl").exists() or not (first / "metrics.jsonl").stat().st_size:
         assert child.poll() is None, child.stderr.read()
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    output, error = child.communicate(timeout=600)
+    output, error = child.communicate()
     assert (child.returncode, error) == (128 + signal.SIGINT, "")
     assert f"go on with: unipool compare --resume --out {folder}" in output.replace("\n", "")
     assert list((first / "checkpoints").glob("step-*"))

@@ -103,7 +103,6 @@ def test_auto_classes_load_in_a_fresh_process(tmp_path):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     names, logits = json.loads(result.stdout.splitlines()[-1])

@@ -57,7 +57,7 @@ def test_distributed_data_parallel_averages_the_gradients(mode, tmp_path):
         for name, g in _first_result(results, workers).items()
     }
     for worker in workers:
-        worker.join(600)
+        worker.join()
         assert worker.exitcode == 0
     assert_equal(got, {name: g / 2 for name, g in expected(2).items()})
 

@@ -18,43 +18,49 @@ ROOMS = {
     "ops": {"_library"},
     "nn": {"ops"},
     "reference": {"ops"},
-    "doctor": {"__init__", "_library", "ops", "options", "reference"},
+    "doctor": {"__init__", "_library", "ops", "options", "reference", "terminal"},
     "integrations": {"ops"},
     "scales": set(),
     "errors": set(),
+    "terminal": set(),
     "files": set(),
-    "options": {"errors"},
+    "options": {"errors", "json_files"},
     "configs": {"errors", "options"},
-    "checkpoints": PLAIN,
-    "data": PLAIN,
-    "report": PLAIN,
-    "models": {"checkpoints", "configs", "data", "nn", "ops", "scales", *PLAIN},
-    "training": {"__init__", "configs", "data", "models", "options", "report", *PLAIN},
-    "evaluation": {"checkpoints", "configs", "data", "errors", "models", "report", "training"},
-    "analysis": {
-        *(
-            "__init__",
-            "checkpoints",
-            "configs",
-            "data",
-            "models",
-            "nn",
-            "ops",
-            "report",
-            "training",
-        ),
-        *PLAIN,
+    "json_files": {"errors"},
+    "schema": {"errors", "json_files"},
+    "model_folder": {"errors", "json_files"},
+    "checkpoints": {"model_folder", *PLAIN},
+    "data": {"json_files", "model_folder", *PLAIN},
+    "report": {"terminal", *PLAIN},
+    "models": {
+        *("checkpoints", "configs", "data", "json_files", "model_folder", "nn", "ops", "scales"),
+        *("schema", *PLAIN),
     },
-    "compare": {"__init__", "configs", "data", "models", "nn", "report", "training", *PLAIN},
+    "training": {
+        *("__init__", "configs", "data", "json_files", "model_folder", "models", "options"),
+        *("report", "schema", "terminal", *PLAIN),
+    },
+    "evaluation": {
+        *("checkpoints", "configs", "data", "errors", "json_files", "models", "report"),
+        "training",
+    },
+    "analysis": {
+        *("__init__", "checkpoints", "configs", "data", "models", "nn", "ops", "report"),
+        *("training", *PLAIN),
+    },
+    "compare": {
+        *("__init__", "configs", "data", "models", "nn", "options", "report", "schema"),
+        *("terminal", "training", *PLAIN),
+    },
     "cli": {
         *("__init__", "analysis", "checkpoints", "compare", "configs", "doctor", "errors"),
-        *("evaluation", "models", "options", "report", "training"),
+        *("evaluation", "models", "options", "report", "terminal", "training"),
     },
 }
 
 # What is no training of its own takes from `training` only what a run was told and has written.
 TRAINERS = {"training", "compare", "cli"}
-OF_A_RUN = {"unipool.training.config", "unipool.training.run", "unipool.training.metrics"}
+OF_A_RUN = {f"unipool.training.{name}" for name in ("config", "metrics", "resuming", "run")}
 
 
 def modules(package: Path) -> dict[str, Path]:

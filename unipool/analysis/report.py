@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An analysis as a folder: report.html, which needs nothing beside it, and the numbers."""
 
-import html
+import io
 import json
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import numpy as np
 import unipool
 from unipool.analysis.figures import analysis_figures
 from unipool.analysis.summary import Analysis
-from unipool.files import write_text
-from unipool.report.page import document, image, paragraphs, table, write_pictures
+from unipool.files import write_bytes, write_text
+from unipool.report.page import document, escaped, image, paragraphs, table, write_pictures
 
 _LAYER_COLUMNS = (
     ("layer", "layer", "{}"),
@@ -75,8 +75,9 @@ def write_analysis(folder: Path, analysis: Analysis, title: str, notes: list[str
     folder.mkdir(parents=True, exist_ok=True)
     pictures = write_pictures(folder, analysis_figures(analysis))
     sections = [_section(name, picture) for name, picture in pictures.items()]
-    with open(folder / "analysis.npz", "wb") as file:
-        np.savez_compressed(file, **analysis.arrays)
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, **analysis.arrays)
+    write_bytes(folder / "analysis.npz", arrays.getvalue())
     write_text(folder / "analysis.json", json.dumps(analysis.numbers, indent=1) + "\n")
     page = folder / "report.html"
     write_text(page, _page(analysis.numbers, title, notes, sections))
@@ -85,9 +86,7 @@ def write_analysis(folder: Path, analysis: Analysis, title: str, notes: list[str
 
 def _section(name: str, picture: bytes) -> str:
     heading, text = _TEXTS[name]
-    return (
-        f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>\n{image(heading, picture)}\n"
-    )
+    return f"<h2>{escaped(heading)}</h2>\n<p>{escaped(text)}</p>\n{image(heading, picture)}\n"
 
 
 def _cell(value, form: str) -> str:
@@ -121,7 +120,7 @@ def _page(numbers: dict, title: str, notes: list[str], sections: list[str]) -> s
         pools=_table(_POOL_COLUMNS, numbers["pools"]),
         cross=_table(cross_columns, _cross_layer_rows(numbers["cross_layer"])),
         sections="".join(sections),
-        version=html.escape(f"unipool {unipool.__version__}"),
+        version=escaped(f"unipool {unipool.__version__}"),
     )
     return document(title, body)
 

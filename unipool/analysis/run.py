@@ -8,14 +8,15 @@ from unipool.analysis.report import write_analysis
 from unipool.analysis.subject import Subject, load_subject
 from unipool.analysis.summary import analyze
 from unipool.configs import AnalyzeConfig, ProbeConfig
+from unipool.files import write_bytes
 from unipool.report.output import check_writable, write_json
 
 
-def probe_checkpoint(config: ProbeConfig) -> tuple[Probe, Subject]:
+def probe_checkpoint(config: ProbeConfig, trust_remote_code: bool = False) -> tuple[Probe, Subject]:
     """Probe a model, and write the numbers and the picture where the options say. InputError."""
     for path in (config.json, config.plot):
         check_writable(path)
-    subject = _subject(config)
+    subject = _subject(config, trust_remote_code)
     result = run_probe(
         subject.model,
         subject.batches,
@@ -31,14 +32,14 @@ def probe_checkpoint(config: ProbeConfig) -> tuple[Probe, Subject]:
         from unipool.report.page import png
 
         config.plot.parent.mkdir(parents=True, exist_ok=True)
-        config.plot.write_bytes(png(probe_figure(result)))
+        write_bytes(config.plot, png(probe_figure(result)))
     return result, subject
 
 
-def analyze_checkpoint(config: AnalyzeConfig) -> tuple[Path, str]:
+def analyze_checkpoint(config: AnalyzeConfig, trust_remote_code: bool = False) -> tuple[Path, str]:
     """Write the report of a model's routing; its path, and a sentence on the model. InputError."""
     check_writable(config.out / "report.html")
-    subject = _subject(config)
+    subject = _subject(config, trust_remote_code)
     analysis = analyze(subject.model, subject.batches(), shuffles=config.shuffles, seed=config.seed)
     numbers = analysis.numbers
     numbers.update(checkpoint=str(subject.folder), text=subject.source)
@@ -51,7 +52,7 @@ def analyze_checkpoint(config: AnalyzeConfig) -> tuple[Path, str]:
     return page, summary
 
 
-def _subject(config: ProbeConfig | AnalyzeConfig) -> Subject:
+def _subject(config: ProbeConfig | AnalyzeConfig, trust_remote_code: bool) -> Subject:
     return load_subject(
         config.checkpoint,
         config.data,
@@ -60,4 +61,5 @@ def _subject(config: ProbeConfig | AnalyzeConfig) -> Subject:
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         device=config.device,
+        trust_remote_code=trust_remote_code,
     )

@@ -16,6 +16,7 @@ from unipool.data.tokens import ValBlocks, default_cache
 from unipool.errors import InputError
 from unipool.models.loading import load_model, resolve_device
 from unipool.training.config import TrainConfig, find_run
+from unipool.training.resuming import read_key
 from unipool.training.run import tokenise
 
 
@@ -44,6 +45,7 @@ def load_subject(
     seq_len: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Subject:
     """The model of `checkpoint`, and about `tokens` tokens (0: all) of text.
 
@@ -53,15 +55,16 @@ def load_subject(
     """
     if tokens < 0 or batch_size < 1:
         raise InputError(f"--tokens must be >= 0 and --batch-size >= 1, got {tokens}, {batch_size}")
-    folder = checked_model(checkpoint)
+    folder = checked_model(checkpoint, trust_remote_code)
     run = find_run(folder)
     if data is None and run is None:
         raise InputError(f"--data is needed: {checkpoint} is not from a run of `unipool train`")
     if data is not None:  # read before the model, so that a wrong path shows at once
-        ids, source = _text_tokens(data, field, folder, tokens), ", ".join(map(str, data))
+        tokenizer = HuggingFaceTokenizer(folder, trust_remote_code)
+        ids, source = _text_tokens(data, field, tokenizer, tokens), ", ".join(map(str, data))
     else:
         ids, source = _held_out_tokens(*run), "text held out in training"
-    model, _ = load_model(folder, resolve_device(device))
+    model, _ = load_model(folder, resolve_device(device), trust_remote_code)
     length = _sequence_length(model, run and run[1], seq_len)
     if len(ids) < 2 or int(ids.max()) >= model.config.vocab_size:
         raise InputError(
@@ -73,7 +76,7 @@ def load_subject(
 
 def _held_out_tokens(folder: Path, run: TrainConfig) -> np.ndarray:
     data, _ = tokenise(run, default_cache())
-    if data.key != (folder / "data.key").read_text(encoding="utf-8").strip():
+    if data.key != read_key(folder):
         raise InputError(
             f"data: the text of {folder} has changed since, so that what was held out is not "
             "known; choose a text with --data"
@@ -81,8 +84,9 @@ def _held_out_tokens(folder: Path, run: TrainConfig) -> np.ndarray:
     return data.val
 
 
-def _text_tokens(paths: list[Path], field: str, folder: Path, limit: int) -> np.ndarray:
-    tokenizer = HuggingFaceTokenizer(folder)
+def _text_tokens(
+    paths: list[Path], field: str, tokenizer: HuggingFaceTokenizer, limit: int
+) -> np.ndarray:
     parts, count = [], 0
     for document in path_documents(paths, field):
         ids = np.append(tokenizer.encode([document.text])[0], tokenizer.separator)

@@ -6,6 +6,9 @@ Bad input is one line on stderr and exit code 2; a run that had to stop is one l
 a run that a signal stopped exits with 128 + the signal's number.
 """
 
+import contextlib
+import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -20,6 +23,7 @@ import unipool
 from unipool import doctor as _doctor
 from unipool.errors import InputError, TrainingError
 from unipool.options import nearest
+from unipool.terminal import printable
 
 _EXTRA = 'pip install "unipool[train]"'
 
@@ -27,8 +31,14 @@ _EXTRA = 'pip install "unipool[train]"'
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that a terminal lacks ends no command
+            stream.reconfigure(errors="backslashreplace")
     if arguments[:1] == ["doctor"]:
-        return _doctor.main(arguments[1:])
+        try:
+            return _doctor.main(arguments[1:])
+        except Exception as error:
+            return _fail(_unexpected(error), code=1)
     if typer is None:
         return _fail(
             f"the command line needs typer: {_EXTRA} (only `unipool doctor` works without)"
@@ -42,8 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         hint = "" if "pip install" in str(error) else f"; try {_EXTRA}"
         return _fail(f"{str(error).splitlines()[0]}{hint} (see `unipool doctor`)", code=1)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", code=130)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__cause__
+        return _fail(str(cause or "") or "interrupted", code=130)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            return _fail(_unexpected(error), code=1)
+        return _fail(f"cannot use {error.filename}: {error.strerror}", code=1)
     except typer.Exit as error:
         return error.exit_code
     except Exception as error:
@@ -61,7 +79,7 @@ def _unexpected(error: Exception) -> str:
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError:
-        print(text, file=sys.stderr)
+        print(printable(text, lines=True), file=sys.stderr)
         path = "above"
     return f"an error of UniPool itself: {what} (traceback: {path}; please report it)"
 
@@ -75,7 +93,8 @@ def _parser_message(error) -> str:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"unipool: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(f"unipool: {printable(message)}", file=sys.stderr)
     return code
 
 

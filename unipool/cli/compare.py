@@ -9,6 +9,7 @@ from unipool.cli.options import command
 from unipool.configs import CompareConfig
 from unipool.errors import InputError, TrainingError
 from unipool.options import known_options
+from unipool.terminal import say
 
 
 @command(CompareConfig)
@@ -40,7 +41,7 @@ def compare(
     results, stopped = run_compare(config, resume=resume, console=console)
     if stopped is not None:
         again = f"unipool compare --resume --out {config.out}"
-        console.print(f"stopped; go on with: {again}", soft_wrap=True)
+        say(f"stopped; go on with: {again}", console)
         raise typer.Exit(128 + stopped)
     runs = [run for entry in results["variants"] for run in entry["runs"]]
     if failed := sum(run["status"] == "failed" for run in runs):

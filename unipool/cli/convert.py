@@ -4,6 +4,7 @@
 from unipool.checkpoints import find_model
 from unipool.cli.options import command
 from unipool.configs import ConvertConfig
+from unipool.terminal import say
 
 
 @command(ConvertConfig)
@@ -13,7 +14,7 @@ def convert(given: dict) -> None:
     find_model(config.source)  # before the slow imports, so that a wrong path shows at once
     from unipool.models.folders import convert_folder
 
-    print(f"model: {config.out} ({_pools(convert_folder(config))})")
+    say(f"model: {config.out} ({_pools(convert_folder(config))})")
 
 
 def _pools(config) -> str:

@@ -7,6 +7,7 @@ import typer
 
 from unipool.cli.options import command
 from unipool.configs import DemoConfig
+from unipool.terminal import say
 
 
 @command(DemoConfig)
@@ -28,5 +29,5 @@ def demo(
     except DemoInterruptedError as stop:
         options = f" --steps {config.steps}" if config.steps else ""
         options += f" --seed {config.seed}" if config.seed else ""
-        print(f"stopped; go on with: unipool demo --resume --out {config.out}{options}")
+        say(f"stopped; go on with: unipool demo --resume --out {config.out}{options}")
         raise typer.Exit(128 + stop.signal) from None

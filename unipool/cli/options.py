@@ -14,6 +14,11 @@ import typer
 from unipool.errors import InputError
 from unipool.options import Field, known_options, read_options
 
+# Of the command line alone: a file does not decide that code is run.
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="run the code that the model's folder brings along"),
+]
 _FILE = "file with options, .toml, .yaml or .json; those given here come first"
 
 

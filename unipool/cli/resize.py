@@ -4,6 +4,7 @@
 from unipool.checkpoints import find_model
 from unipool.cli.options import command
 from unipool.configs import ResizeConfig
+from unipool.terminal import say
 
 
 @command(ResizeConfig)
@@ -14,8 +15,8 @@ def resize(given: dict) -> None:
     from unipool.models.folders import resize_folder
 
     for pool, origin in enumerate(resize_folder(config)):
-        print(f"pool {pool}: experts {_runs(origin)} of before")
-    print(f"model: {config.out}")
+        say(f"pool {pool}: experts {_runs(origin)} of before")
+    say(f"model: {config.out}")
 
 
 def _runs(origin: list[int]) -> str:

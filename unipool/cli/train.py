@@ -8,6 +8,7 @@ import typer
 
 from unipool.cli.options import command
 from unipool.errors import InputError
+from unipool.terminal import say
 from unipool.training.config import TrainConfig, with_last_rate
 
 
@@ -40,6 +41,6 @@ def train(
     result = run_training(config, resume=resume, console=console)
     if result.validation is None:
         again = f"unipool train --resume --out {out}"
-        console.print(f"stopped after step {result.step}; go on with: {again}", soft_wrap=True)
+        say(f"stopped after step {result.step}; go on with: {again}", console)
         raise typer.Exit(128 + result.signal)
-    console.print(f"model: {Path(out, 'model')}", soft_wrap=True)
+    say(f"model: {Path(out, 'model')}", console)

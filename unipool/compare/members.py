@@ -15,13 +15,16 @@ from typing import IO
 from rich.console import Console
 
 from unipool.compare.grid import Variant
-from unipool.errors import TrainingError
-from unipool.files import folder_fault, write_text
+from unipool.errors import InputError, TrainingError
+from unipool.files import folder_fault, open_own, write_text
+from unipool.terminal import say
 from unipool.training.callbacks import StopSignals
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import mean_rate, read_metrics
+from unipool.training.run import locked
 
 COMMAND = (sys.executable, "-m", "unipool.cli", "train", "--resume", "--out")  # then the folder
+_TAIL = 1 << 16  # bytes of a log to look for its last line in
 _POLL = 0.05  # seconds between two looks at the processes
 _LOG, _ERROR = "log.txt", "error.txt"
 
@@ -56,9 +59,13 @@ class Outcome:
 
 
 def outcome(member: Member) -> Outcome | None:
-    """The results of a run that is complete; None for one that is not, or was for fewer steps."""
+    """The results of a run that is complete; None for one that is not, or was for fewer steps.
+
+    Raises InputError for a metrics file that is damaged.
+    """
     rows = read_metrics(member.folder / "metrics.jsonl")
-    last = next((row for row in reversed(rows) if "val_loss" in row), None)
+    both = {"val_loss", "val_bits_per_byte"}
+    last = next((row for row in reversed(rows) if both <= row.keys()), None)
     if last is None or last["step"] < member.config.steps:
         return None
     if folder_fault(member.folder / "model", checksums=False) is not None:
@@ -72,10 +79,29 @@ def outcome(member: Member) -> Outcome | None:
     )
 
 
+def known_outcome(member: Member) -> Outcome | None:
+    """As outcome, and None for a run whose metrics file is damaged."""
+    try:
+        return outcome(member)
+    except InputError:
+        return None
+
+
 def failure(member: Member) -> str | None:
     """Why the last try of a run failed, in one line; None if it did not."""
-    path = member.folder / _ERROR
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+    try:
+        return _last_line(member.folder / _ERROR) or "for a reason that was not kept"
+    except FileNotFoundError:
+        return None
+
+
+def _last_line(path: Path) -> str:
+    """Of a text that may be long or damaged; nothing if it is empty."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def run_members(members: list[Member], jobs: int, console: Console) -> int | None:
@@ -84,21 +110,36 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
     A run that fails leaves its reason in its folder, and the others go on. A signal stops every
     run at its next step, with a checkpoint to go on from.
     """
-    queue = [member for member in members if outcome(member) is None]
+    queue, damaged = [], []
+    for member in members:
+        try:
+            if outcome(member) is None:
+                queue.append(member)
+        except InputError as error:  # to train it again would lose what is there
+            write_text(member.folder / _ERROR, f"{error}\n")
+            damaged.append(f"{member.title}: failed: {error}")
 
     def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line, console)
 
-    if done := len(members) - len(queue):
-        tell(f"{done} of {len(members)} runs are complete")
+    done = len(members) - len(queue)
+    if complete := done - len(damaged):
+        tell(f"{complete} of {len(members)} runs are complete")
+    for line in damaged:
+        tell(line)
     running: dict[Member, _Child] = {}
-    with StopSignals() as signals:
+    with StopSignals("interrupted; runs at work still write their checkpoints") as signals:
         try:
             while (queue and signals.received is None) or running:
                 while queue and len(running) < jobs and signals.received is None:
                     member = queue.pop(0)
-                    running[member] = _Child(member, jobs)
-                    tell(f"{member.title}: begun, see {member.folder / _LOG}")
+                    try:
+                        running[member] = _Child(member, jobs)
+                        tell(f"{member.title}: begun, see {member.folder / _LOG}")
+                    except InputError as error:
+                        done += 1
+                        write_text(member.folder / _ERROR, f"{error}\n")
+                        tell(f"[{done}/{len(members)}] {member.title}: failed: {error}")
                 time.sleep(_POLL)
                 for member, child in list(running.items()):
                     if signals.received is not None:
@@ -124,7 +165,7 @@ class _Child:
         self._begin = time.monotonic()
         self._stopped = False
         _prepare(member)
-        self._log: IO = open(member.folder / _LOG, "w", encoding="utf-8")  # noqa: SIM115
+        self._log: IO = open_own(member.folder / _LOG, "w")
         self._process = subprocess.Popen(
             [*COMMAND, str(member.folder)],
             stdin=subprocess.DEVNULL,
@@ -146,7 +187,7 @@ class _Child:
     def conclude(self) -> str | None:
         """Keep the reason of a failure; returns what to tell, None for a run that `stop` ended."""
         self._log.close()
-        result = outcome(self._member)
+        result = known_outcome(self._member)
         if self._process.returncode == 0 and result is not None:
             seconds = time.monotonic() - self._begin
             return f"validation loss {result.val_loss:.4f} nats/token ({seconds:.0f} s)"
@@ -161,17 +202,20 @@ class _Child:
         code = self._process.returncode
         if code < 0:
             return f"killed by {signal.Signals(-code).name}; see {self._member.folder / _LOG}"
-        text = (self._member.folder / _LOG).read_text(encoding="utf-8", errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return (lines[-1] if lines else f"exit status {code}").removeprefix("unipool: ")
+        line = _last_line(self._member.folder / _LOG)
+        return (line or f"exit status {code}").removeprefix("unipool: ")
 
 
 def _prepare(member: Member) -> None:
-    """A folder that `unipool train --resume` accepts, beginning anew where no run has begun."""
+    """A folder that `unipool train --resume` accepts, beginning anew where no run has begun.
+
+    InputError if another process is training there, such as one that outlived an earlier sweep.
+    """
     member.folder.mkdir(parents=True, exist_ok=True)
-    (member.folder / _ERROR).unlink(missing_ok=True)
-    shutil.rmtree(member.folder / "model", ignore_errors=True)  # of fewer steps
-    write_text(member.folder / "config.json", member.config.to_json())
+    with locked(member.folder):
+        (member.folder / _ERROR).unlink(missing_ok=True)
+        shutil.rmtree(member.folder / "model", ignore_errors=True)  # of fewer steps
+        write_text(member.folder / "config.json", member.config.to_json())
 
 
 def _environment(jobs: int) -> dict[str, str]:

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from unipool.compare.figures import sweep_figures
 from unipool.files import write_text
-from unipool.report.page import document, image, paragraphs, table, write_pictures
-from unipool.report.tables import markdown, terminal, with_spread
+from unipool.report.page import document, escaped, image, paragraphs, table, write_pictures
+from unipool.report.tables import add_row, markdown, terminal, with_spread
+from unipool.terminal import say
 
 _HEAD = (
     "model",
@@ -95,7 +96,9 @@ def write_results(folder: Path, results: dict) -> Path:
     body = "<h2>Results</h2>\n" + table(_HEAD, rows(results)) + paragraphs(failures(results))
     body += paragraphs([*_NOTES, budget(results)]) + sections
     versions = f"unipool {results['unipool']}, PyTorch {results['torch']}"
-    write_text(page, document("Expert pools compared", f"{body}<footer>{versions}</footer>\n"))
+    write_text(
+        page, document("Expert pools compared", f"{body}<footer>{escaped(versions)}</footer>\n")
+    )
     return page
 
 
@@ -118,9 +121,9 @@ def show(console: Console, results: dict, page: Path) -> None:
     shown = terminal(head, left=("model",))
     for entry in results["variants"]:
         loss, to_vanilla = _spread(entry["val_loss"], ".3f"), _difference(entry, "+.3f")
-        shown.add_row(entry["label"], _experts(entry), loss, to_vanilla, _seeds(entry))
+        add_row(shown, entry["label"], _experts(entry), loss, to_vanilla, _seeds(entry))
     console.print(shown)
     for line in failures(results):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(budget(results), highlight=False)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+        say(line, console)
+    say(budget(results), console)
+    say(f"report: {page}", console)

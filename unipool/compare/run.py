@@ -13,7 +13,8 @@ from unipool.configs import CompareConfig
 from unipool.errors import InputError
 from unipool.files import write_text
 from unipool.models.loading import resolve_device
-from unipool.training.run import check_new, locked, open_data
+from unipool.terminal import say
+from unipool.training.run import check_new, check_trainable, locked, open_data
 
 
 def run_compare(
@@ -38,12 +39,11 @@ def run_sweep(
         check_new(out, SWEEP_FILE, "sweep")
     _check_members(sweep, out)
     with locked(out):
+        if not resume:
+            check_new(out, SWEEP_FILE, "sweep")  # again: another one may have begun here since
         write_text(out / SWEEP_FILE, sweep.to_json())
         members = sweep.members(out)
-        console.print(
-            f"{len(sweep.variants)} models x {len(sweep.seeds)} seeds, {jobs} at a time",
-            highlight=False,
-        )
+        say(f"{len(sweep.variants)} models x {len(sweep.seeds)} seeds, {jobs} at a time", console)
         stopped = run_members(members, jobs, console)
         results = summarize(sweep, members)
         page = write_results(out, results)
@@ -53,12 +53,13 @@ def run_sweep(
 
 def _check_members(sweep: Sweep, out: Path) -> None:
     """Each model can be built, and each seed's text is long enough; leaves the text tokenised."""
-    resolve_device(sweep.options.get("device", "auto"))
+    device = resolve_device(sweep.options.get("device", "auto"))
     for seed in sweep.seeds:
         configs = {variant: sweep.config(variant, seed, out) for variant in sweep.variants}
         data, _ = open_data(next(iter(configs.values())), out)
         for variant, config in configs.items():
             try:
-                config.model_config(data.vocab_size, data.separator)
+                model_config = config.model_config(data.vocab_size, data.separator)
+                check_trainable(config, model_config, device)
             except InputError as error:
                 raise InputError(f"{variant.name}: {error}") from error

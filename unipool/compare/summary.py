@@ -8,7 +8,7 @@ import torch
 
 import unipool
 from unipool.compare.grid import Baseline, Variant, vanilla
-from unipool.compare.members import Member, Outcome, failure, outcome
+from unipool.compare.members import Member, Outcome, failure, known_outcome
 from unipool.compare.sweep import Sweep
 from unipool.data.tokenizer import load_tokenizer
 from unipool.models import parameter_counts
@@ -26,7 +26,7 @@ def summarize(sweep: Sweep, members: list[Member]) -> dict:
     """
     baseline = Baseline.of(sweep.scale)
     tokenizer = load_tokenizer(members[0].config.tokenizer)
-    found = {(m.variant, m.config.seed): (m, outcome(m)) for m in members}
+    found = {(m.variant, m.config.seed): (m, known_outcome(m)) for m in members}
     return {
         "scale": sweep.scale,
         "seeds": list(sweep.seeds),

@@ -10,17 +10,71 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, TypedDict
 
-from unipool.compare.grid import Axes, Baseline, Size, Variant, grid
+from unipool import schema
+from unipool.compare.grid import Axes, Baseline, Size, Variant, grid, vanilla
 from unipool.compare.members import Member
 from unipool.compare.presets import PRESETS, preset_variants, training, with_baselines
 from unipool.configs import CompareConfig
 from unipool.errors import InputError
+from unipool.options import FORMAT
 from unipool.training.config import TrainConfig, with_last_rate
 
 SWEEP_FILE = "sweep.json"
 _SHARED = ("data", "field", "tokenizer", "seq_len", "batch_size", "accumulate", "steps", "lr")
 _SHARED += ("init_std", "eval_tokens", "save_every", "device", "precision")
+
+
+_ADVICE = "put back the file that was there, or start a new sweep"
+_Count = Annotated[int, schema.Range(min=1)]
+_Whole = Annotated[int, schema.Range(min=0)]
+
+
+class _SavedVariant(TypedDict):
+    router: str
+    pools: _Count
+    pool_size: _Count
+    balance: str
+    delay: _Whole
+    granularity: _Count
+
+
+class _Options(TypedDict):
+    """Of TrainConfig, which checks their ranges."""
+
+    data: list[str]
+    seq_len: _Count
+    batch_size: _Count
+    steps: _Count
+    lr: float
+    min_lr: float
+
+
+class _AllOptions(_Options, total=False):
+    accumulate: _Count
+    device: str
+    eval_every: _Whole
+    eval_tokens: _Whole
+    field: str
+    init_std: float
+    keep: _Count
+    log_every: _Count
+    precision: str
+    save_every: _Whole
+    tokenizer: str
+    warmup: float
+
+
+class _SavedBefore(TypedDict, total=False):
+    format: Literal[1]
+
+
+class _Saved(_SavedBefore):
+    scale: str
+    variants: list[_SavedVariant]
+    seeds: list[_Whole]
+    options: _AllOptions
 
 
 @dataclass(frozen=True)
@@ -61,22 +115,39 @@ class Sweep:
         ]
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def load(cls, out: Path) -> "Sweep":
-        """The sweep in folder `out`; InputError if there is none."""
+        """The sweep in folder `out`; InputError if there is none, or not one that `of` makes."""
         path = Path(out) / SWEEP_FILE
+        if not path.is_file():
+            raise InputError(f"--resume: {out} holds no sweep")
+        values = schema.read(path, _Saved, _ADVICE)
+        variants = tuple(Variant(**variant) for variant in values["variants"])
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values["variants"] = tuple(Variant(**variant) for variant in values["variants"])
-            values["seeds"] = tuple(values["seeds"])
-            values["options"]["data"] = tuple(values["options"]["data"])
-            return cls(**values)
-        except OSError as error:
-            raise InputError(f"--resume: {out} holds no sweep: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a sweep: {error}") from error
+            sweep = cls(values["scale"], variants, tuple(values["seeds"]), values["options"])
+            sweep.options["data"] = tuple(sweep.options["data"])
+            _check_whole(sweep)
+            sweep.members(out)
+        except InputError as error:
+            raise InputError(f"{path} is not a sweep: {error}; {_ADVICE}") from error
+        return sweep
+
+
+def _check_whole(sweep: Sweep) -> None:
+    """InputError unless the variants are of a grid, each once, and their baselines are there."""
+    baseline = Baseline.of(sweep.scale)
+    if not sweep.variants or len(set(sweep.variants)) < len(sweep.variants):
+        raise InputError("variants must be distinct models, at least one")
+    for variant in sweep.variants:
+        values = dataclasses.asdict(variant)
+        axes = {name: (value,) for name, value in values.items() if name != "pool_size"}
+        grid(baseline, Axes(**axes, pool_size=(Size(count=variant.pool_size),)))
+        if vanilla(baseline, variant.granularity) not in sweep.variants:
+            raise InputError(
+                f"variants lack the layer-private model to compare {variant.name} with"
+            )
 
 
 def _chosen(config: CompareConfig, baseline: Baseline) -> list[Variant]:

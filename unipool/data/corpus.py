@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents to train on: text files, JSON Lines files, or the standard library's own source."""
 
-import json
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unipool.errors import InputError
+from unipool.json_files import parse_json
 
 _JSONL = {".jsonl", ".ndjson"}
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -110,8 +110,8 @@ def _jsonl_documents(path: Path, field: str) -> Iterator[Document]:
 
 def _jsonl_text(line: bytes, where: str, field: str) -> bytes:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        row = parse_json(line.decode("utf-8"), ours=False)
+    except ValueError as error:
         raise InputError(f"data: {where} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise InputError(f"data: {where} must be a JSON object, got {type(row).__name__}")

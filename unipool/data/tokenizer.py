@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unipool.errors import InputError
+from unipool.errors import InputError, first_line
+from unipool.model_folder import check_tokenizer_folder
 
 SEPARATOR = "<|endoftext|>"
 _VOCABULARY_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -44,11 +45,11 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer folder as transformers saves it; its end-of-text token separates documents."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"tokenizer: {folder} is not a folder")
-        self._tokenizer = load_hugging_face(self.folder)
+        self._tokenizer = load_hugging_face(self.folder, trust_remote_code)
         self._tokenizer.model_max_length = int(1e30)  # documents are cut into sequences later
         eos = self._tokenizer.eos_token_id
         self.separator = len(self._tokenizer) if eos is None else eos
@@ -64,17 +65,21 @@ class HuggingFaceTokenizer:
         return self._tokenizer
 
 
-def load_hugging_face(folder: Path):
-    """AutoTokenizer of a local folder; InputError if there is none. Never looks on the network."""
+def load_hugging_face(folder: Path, trust_remote_code: bool = False):
+    """AutoTokenizer of a local folder; InputError if there is none. Never looks on the network.
+
+    trust_remote_code: run the code that the folder brings; without, such a folder is refused.
+    """
     from transformers import AutoTokenizer
 
     if not any(p for glob in _VOCABULARY_FILES for p in Path(folder).glob(glob)):
         raise InputError(f"tokenizer: {folder} holds no tokenizer")
+    check_tokenizer_folder(Path(folder), trust_remote_code)
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # transformers raises many kinds for an unusable folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"tokenizer: cannot load {folder}: {reason}") from error
+        raise InputError(f"tokenizer: cannot load {folder}: {first_line(error)}") from error
 
 
 def load_tokenizer(folder: Path | None) -> ByteTokenizer | HuggingFaceTokenizer:

@@ -23,11 +23,14 @@ from unipool.data.corpus import Document, path_documents, stdlib_documents
 from unipool.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from unipool.errors import InputError
 from unipool.files import complete_folder, folder_fault, remove_leftovers
+from unipool.json_files import read_json
 
 _FORMAT = 1
 _BATCH_BYTES = 4 << 20  # text tokenised at a time, to bound memory
 _MASK64 = (1 << 64) - 1
 _DAY = 86400.0
+_DTYPES = ("<u2", "<u4")
+_TRIES = 3  # to find or make a complete cache, which another process may be replacing
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,12 @@ def load_data(
     sizes, key = _survey(documents(), tokenizer.fingerprint, seed, val_fraction)
     held_out = _held_out(sizes, seed, val_fraction)
     folder = Path(cache or default_cache()) / "tokens" / key[:32]
-    if folder_fault(folder) is not None:
+    for _ in range(_TRIES):
+        data = _open_tokens(folder, key, tokenizer)
+        if data is not None:
+            return data
         _write_tokens(folder, documents(), tokenizer, held_out, key, val_fraction)
-    return _open_tokens(folder)
+    raise InputError(f"data: {folder} does not hold what was written to it; is the disk sound?")
 
 
 def check_length(data: TokenData, seq_len: int, source: str) -> None:
@@ -162,7 +168,7 @@ def _batches(pieces: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str, by
 
 
 def _write_tokens(folder, documents, tokenizer, held_out, key: str, fraction: float) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    dtype = np.dtype(_DTYPES[tokenizer.vocab_size > 1 << 16])
     meta = {
         "key": key,
         "dtype": dtype.str,
@@ -172,7 +178,11 @@ def _write_tokens(folder, documents, tokenizer, held_out, key: str, fraction: fl
     for split in ("train", "val"):
         meta |= {f"{split}_bytes": 0, f"{split}_tokens": 0, f"{split}_documents": 0}
     remove_leftovers(folder.parent, older_than=_DAY)
-    with complete_folder(folder) as staging, contextlib.ExitStack() as stack:
+
+    def complete(other: Path) -> bool:
+        return _open_tokens(other, key, tokenizer) is not None
+
+    with complete_folder(folder, keep=complete) as staging, contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(staging / f"{s}.bin", "wb")) for s in ("train", "val")}
         for batch in _batches(_splits(documents, held_out, fraction)):
             encoded = tokenizer.encode([text for _, text in batch])
@@ -184,21 +194,47 @@ def _write_tokens(folder, documents, tokenizer, held_out, key: str, fraction: fl
         (staging / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
-def _open_tokens(folder: Path) -> TokenData:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    arrays = {}
-    for split in ("train", "val"):
-        dtype = np.dtype(meta["dtype"])
-        empty = meta[f"{split}_tokens"] == 0  # an empty file cannot be mapped
-        path = folder / f"{split}.bin"
-        arrays[split] = np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r")
-    return TokenData(
-        key=meta["key"],
-        **arrays,
-        **{f"{s}_{n}": meta[f"{s}_{n}"] for s in arrays for n in ("bytes", "documents")},
-        vocab_size=meta["vocab_size"],
-        separator=meta["separator"],
-    )
+def _open_tokens(folder: Path, key: str, tokenizer) -> TokenData | None:
+    """The tokens in `folder`; None unless they are complete, and what `key` and `tokenizer` give.
+
+    A cache may be shared, so nothing in it is taken on trust.
+    """
+    if folder_fault(folder) is not None:
+        return None
+    try:
+        meta = read_json(folder / "meta.json")
+        return _token_data(folder, meta, key, tokenizer)
+    except (InputError, OSError, ValueError):  # another process may just be replacing it
+        return None
+
+
+def _token_data(folder: Path, meta, key: str, tokenizer) -> TokenData:
+    """ValueError for a meta.json that is not the one we write for these files."""
+    splits = ("train", "val")
+    counts = [f"{s}_{n}" for s in splits for n in ("bytes", "tokens", "documents")]
+    due = {"key": key, "vocab_size": tokenizer.vocab_size, "separator": tokenizer.separator}
+    if not isinstance(meta, dict) or set(meta) != {*due, *counts, "dtype"}:
+        raise ValueError("other names than ours")
+    if any(meta[name] != value for name, value in due.items()):
+        raise ValueError("another text or tokenizer")
+    if meta["dtype"] not in _DTYPES or not all(_is_count(meta[name]) for name in counts):
+        raise ValueError("values that we do not write")
+    dtype, arrays = np.dtype(meta["dtype"]), {}
+    for split in splits:
+        path, tokens = folder / f"{split}.bin", meta[f"{split}_tokens"]
+        if path.stat().st_size != tokens * dtype.itemsize:
+            raise ValueError("another number of tokens")
+        # An empty file cannot be mapped.
+        array = np.memmap(path, dtype, mode="r", shape=(tokens,)) if tokens else np.zeros(0, dtype)
+        if tokens and array.max() >= tokenizer.vocab_size:
+            raise ValueError("ids past the vocabulary")
+        arrays[split] = array
+    sizes = {f"{s}_{n}": meta[f"{s}_{n}"] for s in splits for n in ("bytes", "documents")}
+    return TokenData(**due, **arrays, **sizes)
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _mix(value: int) -> int:

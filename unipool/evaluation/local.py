@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unipool.errors import InputError
+from unipool.json_files import parse_json
 
 PAPER_TASKS = (
     "arc_easy",
@@ -82,19 +83,21 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".json":
-            rows = json.loads(text)
+            rows = parse_json(text, ours=False)
             if not isinstance(rows, list):
                 raise InputError(f"data: {file} must be a list of objects, got {_shown(rows)}")
             yield from enumerate(rows, start=1)
             return
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield number, json.loads(line)
+                yield number, parse_json(line, ours=False)
     except OSError as error:
         raise InputError(f"data: cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"data: {file} is not UTF-8 text (byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except InputError:
+        raise
+    except ValueError as error:
         where = file if file.suffix == ".json" else f"row {number} of {file}"
         raise InputError(f"data: {where} is not JSON: {error}") from error
 

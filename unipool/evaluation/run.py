@@ -12,19 +12,19 @@ from unipool.report.output import check_writable
 from unipool.training.config import find_run
 
 
-def run_evaluation(config: EvalConfig):
+def run_evaluation(config: EvalConfig, trust_remote_code: bool = False):
     """(how it was done, for the reader of the numbers; the Scores). Raises InputError."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError('`unipool eval` needs lm-eval: pip install "unipool[eval]"')
     check_writable(config.json)
-    folder = checked_model(config.checkpoint)
+    folder = checked_model(config.checkpoint, trust_remote_code)
     names = list(dict.fromkeys(config.task or PAPER_TASKS))
     rows = None if config.data is None else _read_rows(config.data, names)
     about = {
         "checkpoint": str(folder),
         "data": "hub" if config.data is None else str(config.data),
     }
-    described, scores = _score(folder, names, rows, config)
+    described, scores = _score(folder, names, rows, config, trust_remote_code)
     return about | described, scores
 
 
@@ -36,7 +36,7 @@ def _read_rows(data: Path, names: list[str]) -> dict:
     return {name: read_rows(data, name) for name in names}
 
 
-def _score(folder: Path, names: list[str], rows: dict | None, config: EvalConfig):
+def _score(folder: Path, names: list[str], rows: dict | None, config: EvalConfig, trust: bool):
     from unipool.evaluation.harness import HarnessModel, quiet, score_tasks
     from unipool.evaluation.tasks import load_tasks
     from unipool.models.loading import load_model, resolve_device
@@ -44,7 +44,7 @@ def _score(folder: Path, names: list[str], rows: dict | None, config: EvalConfig
     device, run = resolve_device(config.device), find_run(folder)
     with quiet():
         tasks = load_tasks(names, rows)
-        model, tokenizer = load_model(folder, device)
+        model, tokenizer = load_model(folder, device, trust)
         length = _max_length(run and run[1].seq_len, model.config, config.max_length)
         options = {
             "max_length": length,

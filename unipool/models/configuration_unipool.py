@@ -14,6 +14,11 @@ FORMAT_VERSION = 1
 ROUTERS = ("norm", "softmax", "recurrent")
 BALANCES = ("pool", "layer", "none")
 MAX_TOP_K = 16  # what the routing kernels support
+# Beyond these no model could be built, and trying would take all memory or hours.
+MAX_LAYERS = 1 << 12
+MAX_EXPERTS = 1 << 16  # of one pool
+MAX_SIZE = 1 << 24
+MAX_PARAMETERS = 1 << 44
 MAX_DEFAULT_STATE = 256  # width of the recurrent router's state in the published code
 
 _POSITIVE_SIZES = (
@@ -29,6 +34,14 @@ _POSITIVE_SIZES = (
     "num_pools",
     "num_experts_per_tok",
 )
+
+
+_MOST = {
+    "num_hidden_layers": MAX_LAYERS,
+    "num_pools": MAX_LAYERS,
+    "num_experts": MAX_EXPERTS,
+    "max_position_embeddings": 1 << 31,
+}
 
 
 class UniPoolConfig(PreTrainedConfig):
@@ -139,7 +152,8 @@ class UniPoolConfig(PreTrainedConfig):
     def validate(self):
         """Check the values as they stand now; also runs on saving and when a model is built."""
         for name in _POSITIVE_SIZES:
-            _check_size(name, getattr(self, name))
+            _check_size(name, getattr(self, name), _MOST.get(name, MAX_SIZE))
+        self._check_total()
         self._check_backbone()
         self._check_experts()
         self._check_router()
@@ -155,6 +169,17 @@ class UniPoolConfig(PreTrainedConfig):
         if self.layer_experts is None:
             return list(range(self.num_experts))
         return list(self.layer_experts[layer])
+
+    def _check_total(self):
+        """A lower bound of the parameters, from products of the sizes alone."""
+        width, heads = self.hidden_size, self.num_attention_heads * self.head_dim
+        experts = self.num_pools * self.num_experts * 3 * width * self.intermediate_size
+        attention = self.num_hidden_layers * 2 * width * heads
+        total = experts + attention + self.vocab_size * width
+        _check(
+            total <= MAX_PARAMETERS,
+            f"the sizes must give at most 2**44 parameters, got {total:.3g} or more",
+        )
 
     def _check_backbone(self):
         _check(
@@ -280,6 +305,8 @@ def _is_int(value) -> bool:
 
 
 def _brief(value) -> str:
+    if _is_int(value) and value.bit_length() > 256:  # Python shows no integer of 4300 digits
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -289,8 +316,9 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(f"UniPoolConfig: {message}")
 
 
-def _check_size(name: str, value) -> None:
-    _check(_is_int(value) and value >= 1, f"{name} must be a positive integer, got {value!r}")
+def _check_size(name: str, value, most: int = MAX_SIZE) -> None:
+    _check(_is_int(value) and value >= 1, f"{name} must be a positive integer, got {_brief(value)}")
+    _check(value <= most, f"{name} must be at most {most}, got {_brief(value)}")
 
 
 def _check_number(name: str, value, low: float, high: float = math.inf, exclusive=False) -> None:

@@ -2,22 +2,26 @@
 """Model folders and checkpoints, converted or resized: what `unipool convert` and `resize` run."""
 
 import contextlib
-import json
-import pickle
 import shutil
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from unipool import schema
 from unipool.checkpoints import find_model
 from unipool.configs import ConvertConfig, ResizeConfig
-from unipool.errors import InputError, TrainingError
+from unipool.errors import InputError, TrainingError, first_line
 from unipool.files import MANIFEST, complete_folder
+from unipool.json_files import read_json
+from unipool.model_folder import check_links, check_path, leads_out
 from unipool.models import UniPoolConfig, UniPoolForCausalLM
 from unipool.models.convert import check_mixtral, from_mixtral, to_mixtral, to_private, to_shared
+from unipool.models.loading import FROM_FOLDER, load_config
+from unipool.models.memory import check_memory, check_weights_hold
 from unipool.models.resize import resize_pool
 
 OPTIMIZER = "optimizer.pt"
@@ -29,6 +33,8 @@ _MODEL_FILES = (
     "*.safetensors.index.json",
     "pytorch_model*",
 )
+_Load = Annotated[float, schema.Range(min=0)]
+_EXISTS = "{} exists already: choose a new folder to write to"
 _TRAINER_FILES = ("optimizer*", "scheduler*", "trainer_state*", "training_args*", "rng_state*")
 
 
@@ -63,6 +69,9 @@ def resize_folder(config: ResizeConfig) -> list[list[int]]:
     folder = _source(config.source, config.out)
     with _one_line():
         model = _load(folder)
+        bytes_per_parameter = model.dtype.itemsize + 8 * (folder / OPTIMIZER).exists()
+        changed = model.config.to_dict() | {"num_experts": config.experts, "layer_experts": None}
+        check_memory(UniPoolConfig(**changed), "cpu", bytes_per_parameter)
         optimizer = _load_optimizer(model, folder)
         origins = resize_pool(
             model,
@@ -83,9 +92,11 @@ def _refuse_shared():
 
 
 def _source(source: Path, out: Path) -> Path:
+    check_path(out, "folder")
     folder, out = find_model(source), Path(out)
+    check_links(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already: choose a new folder to write to")
+        raise InputError(_EXISTS.format(out))
     return folder
 
 
@@ -97,17 +108,28 @@ def _one_line():
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(str(error).strip().splitlines()[0]) from error
+        raise InputError(first_line(error)) from error
 
 
 def _load(folder: Path) -> UniPoolForCausalLM:
     transformers_logging.disable_progress_bar()
-    options = {"local_files_only": True}
-    config = AutoConfig.from_pretrained(str(folder), **options)
+    config = load_config(folder)
+    check_weights_hold(config, folder)
     if isinstance(config, UniPoolConfig):
-        return UniPoolForCausalLM.from_pretrained(str(folder), **options)
+        return _complete(UniPoolForCausalLM, folder)
     check_mixtral(config)
-    return from_mixtral(MixtralForCausalLM.from_pretrained(str(folder), **options))
+    return from_mixtral(_complete(MixtralForCausalLM, folder))
+
+
+def _complete(kind, folder: Path):
+    """The model of a folder; InputError if it cannot be loaded, or would be drawn in part."""
+    try:
+        model, found = kind.from_pretrained(str(folder), output_loading_info=True, **FROM_FOLDER)
+    except Exception as error:  # transformers raises many kinds for an unusable folder
+        raise InputError(f"model: cannot load {folder}: {first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
+    return model
 
 
 def _load_optimizer(model: UniPoolForCausalLM, folder: Path) -> torch.optim.Optimizer | None:
@@ -117,7 +139,7 @@ def _load_optimizer(model: UniPoolForCausalLM, folder: Path) -> torch.optim.Opti
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever bytes that are no such file lead to
         raise InputError(f"{path} cannot be read as an optimizer's state") from error
     parameters = list(model.parameters())
     groups = [[p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]]
@@ -125,36 +147,40 @@ def _load_optimizer(model: UniPoolForCausalLM, folder: Path) -> torch.optim.Opti
     problem = f"{path} is not the optimizer of `unipool train` for this model"
     try:
         optimizer.load_state_dict(saved)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as above
         raise InputError(problem) from error
-    for parameter, state in optimizer.state.items():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
-                raise InputError(problem)
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        moments = [getattr(state.get(name), "shape", None) for name in ("exp_avg", "exp_avg_sq")]
+        if moments != [parameter.shape] * 2 or "step" not in state:
+            raise InputError(problem)
     return optimizer
 
 
 def _read_load(path: Path) -> torch.Tensor:
     try:
-        return torch.tensor(json.loads(Path(path).read_text(encoding="utf-8")), dtype=torch.float64)
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        values = read_json(path)
+        schema.check(values, list[_Load] | list[list[_Load]])
+        return torch.tensor(values, dtype=torch.float64)
+    except ValueError as error:
         raise InputError(
-            f"--load {path} must be JSON of [L, M] or [M] numbers: {reason}"
+            f"--load {path} must be JSON of [L, M] or [M] numbers: {first_line(error)}"
         ) from error
 
 
 def _write(model, folder: Path, out: Path, left_out: tuple[str, ...], optimizer=None) -> None:
     """`out` with the model, the optimizer, and the files of `folder` that match no `left_out`."""
     try:
-        with complete_folder(out) as staging:
+        with complete_folder(out, replace=False) as staging:
             for path in folder.iterdir():
                 kept = not any(path.match(glob) for glob in (*left_out, MANIFEST))
-                if path.is_file() and kept:
+                if path.is_file() and kept and leads_out(path) is None:
                     shutil.copy2(path, staging / path.name)
             model.save_pretrained(staging)
             if optimizer is not None:
                 torch.save(optimizer.state_dict(), staging / OPTIMIZER)
+    except FileExistsError as error:  # it came while the model was made
+        raise InputError(_EXISTS.format(out)) from error
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(f"cannot write {out}: {reason}") from error

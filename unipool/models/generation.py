@@ -8,9 +8,10 @@ from unipool.errors import InputError
 from unipool.models.loading import load_model, resolve_device
 
 
-def generate(config: GenerateConfig) -> str:
+def generate(config: GenerateConfig, trust_remote_code: bool = False) -> str:
     """The prompt, and what the model of a folder writes after it. Raises InputError."""
-    model, tokenizer = load_model(config.model, resolve_device(config.device))
+    device = resolve_device(config.device)
+    model, tokenizer = load_model(config.model, device, trust_remote_code)
     return generate_text(
         model, tokenizer, config.prompt, config.max_new_tokens, config.temperature, config.seed
     )

@@ -4,24 +4,52 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
 from unipool.checkpoints import find_model
 from unipool.data.tokenizer import load_hugging_face
-from unipool.errors import InputError
+from unipool.errors import InputError, first_line
+from unipool.model_folder import CONFIG, check_model_folder
+from unipool.models.memory import check_weights_hold
+
+# Weights are safetensors, never a pickle, and nothing is fetched.
+FROM_FOLDER = {"local_files_only": True, "use_safetensors": True, "weights_only": True}
 
 
-def load_model(path: Path, device: str = "cpu"):
-    """(model in evaluation mode, tokenizer) of `find_model(path)`."""
-    folder = find_model(path)
+def load_model(path: Path, device: str = "cpu", trust_remote_code: bool = False):
+    """(model in evaluation mode, tokenizer) of `find_model(path)`.
+
+    trust_remote_code: run the code that the folder brings; without, such a folder is refused.
+    """
+    folder = find_model(path, trust_remote_code)
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its warnings repeat names out of the file
+    if not trust_remote_code:
+        check_weights_hold(load_config(folder), folder)
+    options = {"trust_remote_code": trust_remote_code} | FROM_FOLDER
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model: cannot load {folder}: {reason}") from error
-    return model.to(device).eval(), load_hugging_face(folder)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder), output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers raises many kinds for an unusable folder
+        raise InputError(f"model: cannot load {folder}: {first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # which would be drawn at random
+        raise InputError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
+    return model.to(device).eval(), load_hugging_face(folder, trust_remote_code)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of the model in a folder, whose code is never run. Raises InputError."""
+    check_model_folder(Path(folder))
+    try:
+        return AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many kinds for an unusable folder
+        path = Path(folder, CONFIG)
+        raise InputError(f"model: {path} describes no model: {first_line(error)}") from error
 
 
 def resolve_device(name: str) -> str:

@@ -66,7 +66,9 @@ def _check_backbone(values: dict) -> None:
     # LlamaConfig lets impossible heads through, or says so in an error that is no ValueError.
     shared = {field.name for field in fields(UniPoolConfig)} - {"hidden_act"} | {"rope_theta"}
     try:
-        UniPoolConfig(**{name: value for name, value in values.items() if name in shared})
+        experts = {"num_experts": 1, "num_experts_per_tok": 1}
+        given = {name: value for name, value in values.items() if name in shared}
+        UniPoolConfig(**given | experts)
     except ValueError as error:
         raise ValueError(str(error).replace("UniPoolConfig", "LlamaConfig", 1)) from None
 
@@ -118,7 +120,8 @@ def parameter_counts(config: PreTrainedConfig) -> dict[str, int]:
         shared += 6 * state * (state + 1)  # the GRU: three gates of two matrices and two biases
     else:
         projections, row = 0, width
-    rows = sum(len(config.visible_experts(layer)) for layer in range(layers))
+    views = config.layer_experts
+    rows = layers * config.num_experts if views is None else sum(map(len, views))
     scaled = "norm" in (config.router, config.router_scoring)
     shared += projections + rows * row + (layers if scaled else 0)
     expert = config.num_pools * config.num_experts * mlp

@@ -120,6 +120,7 @@ def resize_pool(
     count = config.num_experts
     show = ("split" if add == "copy" else "all") if show is None else show
     _check_resize(count, num_experts, add, show, experts)
+    _changed(config, num_experts=num_experts, layer_experts=None)  # refuses what no model can have
     # `load` is only read where it decides something; all-zero otherwise.
     decides = add == "copy" or num_experts < count
     known = decides and (experts is None or load is not None)

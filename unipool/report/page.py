@@ -9,6 +9,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from unipool.files import write_bytes
+from unipool.terminal import printable
+
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
   max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
@@ -46,22 +49,26 @@ def write_pictures(folder: Path, figures: dict[str, Figure]) -> dict[str, bytes]
     """Write each figure as <name>.png into `folder`; returns the pictures by name."""
     pictures = {name: png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
-        (folder / f"{name}.png").write_bytes(picture)
+        write_bytes(folder / f"{name}.png", picture)
     return pictures
+
+
+def escaped(text: object) -> str:
+    """Text for a page: neither tags nor characters that a browser acts on or that are no text."""
+    return html.escape(printable(text, lines=True))
 
 
 def image(name: str, data: bytes) -> str:
     """An element that holds the picture itself."""
     encoded = base64.b64encode(data).decode("ascii")
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{encoded}">'
+    return f'<img alt="{escaped(name)}" src="data:image/png;base64,{encoded}">'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells: text."""
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    names = "".join(f"<th>{escaped(name)}</th>" for name in head)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in rows
+        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
     )
     return (
         f'<div class="wide"><table>\n<thead><tr>{names}</tr></thead>\n'
@@ -70,7 +77,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def paragraphs(texts: Iterable[str]) -> str:
-    return "".join(f"<p>{html.escape(text)}</p>\n" for text in texts)
+    return "".join(f"<p>{escaped(text)}</p>\n" for text in texts)
 
 
 def document(title: str, body: str) -> str:
@@ -80,12 +87,12 @@ def document(title: str, body: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{escaped(title)}</title>
 <style>
 {STYLE}</style>
 </head>
 <body>
-<h1>{html.escape(title)}</h1>
+<h1>{escaped(title)}</h1>
 {body}</body>
 </html>
 """

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots and a self-contained HTML page of a comparison of runs (the schema of metrics.json)."""
 
-import html
 import re
 from pathlib import Path
 
@@ -13,7 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from unipool.files import write_text
-from unipool.report.page import COLORS, PLOT, document, image, paragraphs, table, write_pictures
+from unipool.report.page import (
+    COLORS,
+    PLOT,
+    document,
+    escaped,
+    image,
+    paragraphs,
+    table,
+    write_pictures,
+)
 
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 COLUMNS = (
@@ -107,8 +115,7 @@ def write_report(folder: Path, title: str, notes: list[str], metrics: dict, samp
 
 def _page(title: str, notes: list[str], metrics: dict, images: list[str], samples: dict) -> str:
     texts = "".join(
-        f"<h3>{html.escape(name)}</h3>\n<pre>{html.escape(text)}</pre>\n"
-        for name, text in samples.items()
+        f"<h3>{escaped(name)}</h3>\n<pre>{escaped(text)}</pre>\n" for name, text in samples.items()
     )
     versions = f"unipool {metrics['unipool']}, PyTorch {metrics['torch']}, seed {metrics['seed']}"
     text = _BODY.format(
@@ -117,7 +124,7 @@ def _page(title: str, notes: list[str], metrics: dict, images: list[str], sample
         loss=images[0],
         loads="\n".join(images[1:]),
         texts=texts,
-        versions=html.escape(versions),
+        versions=escaped(versions),
     )
     return document(title, text)
 

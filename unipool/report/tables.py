@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
+
+from unipool.terminal import printable
 
 
 def with_spread(mean: float, std: float | None, form: str) -> str:
@@ -15,12 +18,21 @@ def with_spread(mean: float, std: float | None, form: str) -> str:
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("|", "\\|")
 
 
 def terminal(head: Sequence[str], left: Iterable[str] = ()) -> Table:
     """An empty table for rich's console; all but the columns in `left` are aligned to the right."""
     table, left = Table(box=box.SIMPLE, padding=(0, 1, 0, 0)), set(left)
     for name in head:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+        table.add_column(Text(name), justify="left" if name in left else "right", no_wrap=True)
     return table
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """Cells: text, which rich would take for markup."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))

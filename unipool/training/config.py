@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from unipool.errors import InputError
-from unipool.options import Option, check_options, known_options, read_options
+from unipool.options import FORMAT, Option, check_options, known_options, read_options
 
 _MODEL_FIELDS = {  # option -> field of the model's configuration
     "d_model": "hidden_size",
@@ -140,18 +140,31 @@ class TrainConfig:
         check_options(self)
         if self.min_lr > self.lr:
             raise InputError(f"--min-lr must be in [0, {self.lr:g}], got {self.min_lr}")
+        if self.steps * self.tokens_per_step >= 1 << 62:
+            raise InputError(
+                "--steps, --batch-size, --accumulate and --seq-len must be below 2**62 tokens in "
+                f"all, got {self.steps * self.tokens_per_step:.3g}"
+            )
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.accumulate * self.seq_len
 
+    @property
+    def least_batch_bytes(self) -> int:
+        """Of the ids and targets of a step, which are read at once; int64."""
+        return 16 * self.tokens_per_step
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
         """The configuration in a run's config.json; InputError if it cannot be read."""
         values = read_options(path, cls)
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is not None]
+        if missing := [name for name in needed if name not in values]:
+            raise InputError(f"{path} is not the configuration of a run: it lacks {missing[0]}")
         try:
             return cls(**values)
         except InputError as error:

@@ -6,9 +6,9 @@ shared-pool     one pool of the same total for all layers, NormRouter, one balan
 half-pool       the same with half the experts
 """
 
+import contextlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -18,15 +18,16 @@ from rich.console import Console
 import unipool
 from unipool.configs import DemoConfig
 from unipool.errors import InputError
-from unipool.files import write_text
+from unipool.files import remove, write_text
 from unipool.models import parameter_counts
 from unipool.models.generation import generate_text
 from unipool.models.loading import load_model
 from unipool.report.runs import write_report
-from unipool.report.tables import terminal
+from unipool.report.tables import add_row, terminal
+from unipool.terminal import say
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import mean_rate, read_metrics
-from unipool.training.run import RunResult, run_training
+from unipool.training.run import LOCK, RunResult, locked, run_training
 
 LAYERS = 4
 EXPERTS_A_LAYER = 8  # of the layer-private model
@@ -92,13 +93,17 @@ def demo_configs(config: DemoConfig) -> dict[str, TrainConfig]:
 
 def run_demo(config: DemoConfig, *, resume: bool = False, console: Console | None = None) -> dict:
     """Train, measure and report into a folder; returns the content of metrics.json."""
-    begin, console = time.perf_counter(), console or Console(quiet=True)
-    out, configs = config.out, demo_configs(config)
-    if not resume:
-        _clear(out, configs)
+    with locked(config.out):
+        if not resume:
+            _clear(config.out, demo_configs(config))
+        return _run_demo(config, resume, console or Console(quiet=True))
+
+
+def _run_demo(config: DemoConfig, resume: bool, console: Console) -> dict:
+    begin, out, configs = time.perf_counter(), config.out, demo_configs(config)
     runs, samples = [], {}
     for name, run in configs.items():
-        console.print(f"[bold]{name}[/bold]  {_describe(run)}", highlight=False)
+        say(f"  {_describe(run)}", console, title=name)
         go_on = resume and Path(run.out, "config.json").exists()
         result = run_training(run, resume=go_on, console=console, name=name)
         if result.signal is not None:
@@ -120,13 +125,19 @@ def run_demo(config: DemoConfig, *, resume: bool = False, console: Console | Non
 
 
 def _clear(out: Path, configs: dict[str, TrainConfig]) -> None:
-    """Remove the runs of an earlier demo, and nothing else."""
-    for config in configs.values():
-        folder = Path(config.out)
-        if folder.is_dir() and (folder / "config.json").is_file():
-            shutil.rmtree(folder)
-        elif folder.exists():
-            raise InputError(f"--out {out}: {folder.name} is there and is no run of the demo")
+    """Remove the runs of an earlier demo, and nothing else; InputError, with all of them there, if
+    one cannot be or another process is training in one."""
+    with contextlib.ExitStack() as stack:
+        folders = [Path(config.out) for config in configs.values()]
+        folders = [folder for folder in folders if folder.exists() or folder.is_symlink()]
+        for folder in folders:
+            if folder.is_symlink() or not (folder / "config.json").is_file():
+                raise InputError(f"--out {out}: {folder.name} is there and is no run of the demo")
+            stack.enter_context(locked(folder))
+        for folder in folders:
+            for path in folder.iterdir():
+                if path.name != LOCK:
+                    remove(path)
 
 
 def _describe(config: TrainConfig) -> str:
@@ -184,11 +195,11 @@ def _machine(model) -> str:
 def _show(console: Console, metrics: dict, samples: dict, notes: list[str], page: Path) -> None:
     table = terminal(list(_COLUMNS), left=("model",))
     for run in metrics["runs"]:
-        table.add_row(*(cell(run) for cell in _COLUMNS.values()))
+        add_row(table, *(cell(run) for cell in _COLUMNS.values()))
     console.print(table)
     for name, text in samples.items():
-        console.print(f"[bold]{name}[/bold] writes:", highlight=False)
-        console.out(text + "\n", highlight=False)
+        say(" writes:", console, title=name)
+        say(text + "\n", console, lines=True)
     for note in notes:
-        console.print(note, highlight=False)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+        say(note, console)
+    say(f"report: {page}", console)

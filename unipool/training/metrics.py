@@ -4,10 +4,15 @@
 import json
 import math
 from pathlib import Path
+from typing import Annotated, Literal, TypedDict
 
 from transformers import TrainerCallback
 
-from unipool.files import write_text
+from unipool import schema
+from unipool.errors import InputError
+from unipool.files import open_own, write_text
+from unipool.json_files import parse_json
+from unipool.schema import Range
 
 _COLUMNS = ("loss", "lm_loss", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second")
 
@@ -36,7 +41,7 @@ class MetricsLog(TrainerCallback):
         if _kind(row) in self._written:
             return
         self._written.add(_kind(row))
-        with open(self._path, "a", encoding="utf-8") as file:
+        with open_own(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
@@ -49,15 +54,50 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics file; a last line cut short by a kill is left out."""
+_Number = float | Literal["nan", "inf", "-inf"]
+
+
+class _Required(TypedDict):
+    step: Annotated[int, Range(min=0)]
+
+
+class Row(_Required, total=False):
+    """A line of metrics.jsonl: of a step, or of a validation."""
+
+    loss: _Number
+    lm_loss: _Number
+    aux_loss: _Number
+    grad_norm: _Number
+    learning_rate: _Number
+    tokens_per_second: Annotated[float, Range(above=0)]
+    epoch: float
+    val_loss: _Number
+    val_bits_per_byte: _Number
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Rows of a metrics file, none where there is no file; a last line cut short by a kill is left
+    out. InputError, naming the line, for any other that is no row."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line.decode("utf-8"))
+            schema.check(row, Row)
+        except ValueError as error:
+            if number == len(lines):
                 break
+            raise InputError(
+                f"{path}, line {number}, is damaged: {error}; remove the line, or the file"
+            ) from error
+        rows.append(row)
     return rows
 
 

@@ -13,23 +13,37 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
 from unipool.data.tokenizer import load_tokenizer
 from unipool.data.tokens import TokenData, check_length, default_cache, load_data
-from unipool.errors import InputError, TrainingError
-from unipool.files import complete_folder, latest_checkpoint, remove_leftovers, step_of, write_text
-from unipool.models.loading import resolve_device
+from unipool.errors import InputError, TrainingError, first_line
+from unipool.files import (
+    complete_folder,
+    latest_checkpoint,
+    open_own,
+    remove_leftovers,
+    step_of,
+    write_text,
+)
+from unipool.model_folder import check_path
+from unipool.models.loading import load_config, resolve_device
+from unipool.models.memory import TRAINED, check_memory
+from unipool.terminal import say
 from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
-from unipool.training.metrics import MetricsLog
+from unipool.training.metrics import MetricsLog, read_metrics
+from unipool.training.resuming import DATA_KEY, check_weights, last_usable, read_key
 from unipool.training.trainer import WRITE_ERRORS, PoolTrainer
 from unipool.training.validation import Validation
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -61,18 +75,25 @@ def run_training(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("WORLD_SIZE: a run uses one process, got " + os.environ["WORLD_SIZE"])
     out = Path(config.out)
+    check_path(out, "--out")
     device = resolve_device(config.device)
     if not resume:
         check_new(out)
     data, tokenizer = open_data(config, out)
     model_config = config.model_config(data.vocab_size, data.separator)
+    check_trainable(config, model_config, device)
     with locked(out):
+        if not resume:
+            check_new(out)  # again: another run may have ended here since
         checkpoint = _prepare_folder(config, out, data, resume, console)
         if checkpoint is not None:  # its pool may have been resized since the run began
-            model_config = AutoConfig.from_pretrained(checkpoint)
+            model_config = _resumed_config(checkpoint, model_config)
+        check_trainable(config, model_config, device)
         set_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
         saved_tokenizer = tokenizer.hugging_face()
+        if checkpoint is not None:
+            check_weights(checkpoint, model)
         trainer = PoolTrainer(model, config, data, out / "checkpoints", device, saved_tokenizer)
         with StopSignals() as signals:
             _train(trainer, checkpoint, signals, out, console, name)
@@ -93,12 +114,43 @@ def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: 
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except (TrainingError, OSError) as error:
+    except InputError:
+        raise
+    except KeyboardInterrupt as error:
+        last = latest_checkpoint(out / "checkpoints")
+        where = f"last complete checkpoint: {last}" if last else "no checkpoint was written yet"
+        raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; {where}") from None
+    except Exception as error:
+        if checkpoint is not None and not (trainer.begun or isinstance(error, TrainingError)):
+            raise InputError(
+                f"{checkpoint} cannot be resumed from: {first_line(error)}; remove it, to go on "
+                "from the one before"
+            ) from error
+        if not isinstance(error, TrainingError | OSError):
+            raise
         last = latest_checkpoint(out / "checkpoints")
         where = f"last complete checkpoint: {last}" if last else "no checkpoint was written yet"
         raise TrainingError(f"{error}; {where}") from error
     finally:
         display.close()
+
+
+def _resumed_config(checkpoint: Path, due):
+    """The configuration in a checkpoint: one of the run's kind, and for its tokenizer."""
+    found = load_config(checkpoint)
+    for name in ("model_type", "vocab_size"):
+        if getattr(found, name) != getattr(due, name):
+            raise InputError(
+                f"{checkpoint}/config.json must have {name}={getattr(due, name)} as the run has, "
+                f"got {getattr(found, name)}; remove the checkpoint"
+            )
+    return found
+
+
+def check_trainable(config: TrainConfig, model_config, device: str) -> None:
+    """InputError unless weights, optimizer, ids of a step and logits of a micro-batch can fit."""
+    logits = 4 * config.batch_size * config.seq_len * model_config.vocab_size
+    check_memory(model_config, device, TRAINED, config.least_batch_bytes + logits)
 
 
 def open_data(config: TrainConfig, out: Path):
@@ -139,6 +191,7 @@ def _writable(folder: Path) -> bool:
 
 def check_new(out: Path, marker: str = "config.json", what: str = "run") -> None:
     """InputError unless `out` is free; `marker` is the file that tells a run, or another thing."""
+    check_path(out, "--out")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file")
     if (out / marker).exists():
@@ -154,29 +207,46 @@ def locked(out: Path) -> Iterator[None]:
     """Keeps a second process out of the folder; the lock goes away with its process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle = open(out / ".lock", "w")  # noqa: SIM115  (held open for the whole run)
+        handle = open_own(out / LOCK, "r+")  # held open for the whole run
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there: {error.strerror}") from error
+    busy = InputError(f"--out {out}: another process is training there")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"--out {out}: another process is training there") from error
+            raise busy from error
         except OSError:
             pass  # a file system without locks
+        if not _is_at(handle, out / LOCK):  # it was removed, and another process may have its own
+            raise busy
         yield
+
+
+def _is_at(handle: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.lstat())
+    except OSError:
+        return False
 
 
 def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -> Path | None:
     """Write config.json, or check that the run may go on; returns the checkpoint to start from."""
-    checkpoints, key_file = out / "checkpoints", out / "data.key"
+    checkpoints, key_file = out / "checkpoints", out / DATA_KEY
     remove_leftovers(out)
     remove_leftovers(checkpoints)
     checkpoint = None
     if resume:
-        checkpoint = _last_usable(checkpoints, console)
-        if key_file.exists() and key_file.read_text(encoding="utf-8").strip() != data.key:
+        key = read_key(out)
+        if key not in (None, data.key):
             raise InputError("--data: the text has changed since this run began; start a new run")
+        read_metrics(out / "metrics.jsonl")
+        checkpoint = last_usable(checkpoints, console)
+        if checkpoint is not None and key is None:
+            raise InputError(
+                f"{key_file} is missing, so that nobody knows what {checkpoint} was trained on; "
+                "start a new run, or put back the file"
+            )
         if checkpoint is not None and step_of(checkpoint) > config.steps:
             raise InputError(f"--steps must be at least {step_of(checkpoint)}, got {config.steps}")
     try:
@@ -187,23 +257,8 @@ def _prepare_folder(config, out: Path, data: TokenData, resume: bool, console) -
         raise InputError(f"--out {out}: cannot write there: {error.strerror}") from error
     start = f"from step {step_of(checkpoint)}" if checkpoint else "from the beginning"
     if resume:
-        console.print(f"resuming {out} {start}", highlight=False)
+        say(f"resuming {out} {start}", console)
     return checkpoint
-
-
-def _last_usable(checkpoints: Path, console: Console) -> Path | None:
-    """The newest complete checkpoint; newer, damaged ones are renamed and count no more."""
-    damaged: list[Path] = []
-
-    def passed_over(path: Path, fault: str) -> None:
-        console.print(f"warning: checkpoint {path} is passed over: {fault}", highlight=False)
-        damaged.append(path)
-
-    found = latest_checkpoint(checkpoints, passed_over)
-    for path in damaged:
-        with contextlib.suppress(OSError):
-            path.rename(path.with_name(f"damaged-{path.name}"))
-    return found
 
 
 def _save_model(model, tokenizer, folder: Path) -> None:

@@ -7,10 +7,10 @@ What is changed, and at which seam:
 - `compute_loss`, `log`: language and balance loss are logged apart, averaged over the same window,
   and a window that a checkpoint cuts in two is restored;
 - `training_step`, `_clip_grad_norm`: non-finite loss or gradient raises before a weight changes;
+- `create_optimizer`: non-finite weights or moments raise in the step that made them;
 - `evaluate`: the exact held-out loss of validation.py.
 """
 
-import contextlib
 import json
 import math
 import time
@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from unipool import schema
 from unipool.data.tokens import TokenData, TrainBlocks, ValBlocks
 from unipool.errors import TrainingError
 from unipool.files import complete_folder, prune, step_folder, step_of
 from unipool.training.config import TrainConfig
+from unipool.training.resuming import WINDOW, Window, check_restored
 from unipool.training.validation import Validation, validate
 
 WRITE_ERRORS = (
@@ -33,7 +35,6 @@ WRITE_ERRORS = (
     RuntimeError,
     SafetensorError,
 )  # torch.save reports a full disk as the second
-_WINDOW = "log_window.json"
 
 
 def training_arguments(config: TrainConfig, device: str, output_dir: Path) -> TrainingArguments:
@@ -116,6 +117,7 @@ class PoolTrainer(Trainer):
         self.checkpoints = Path(checkpoints)
         self.validations: dict[int, Validation] = {}  # by step
         self._first_step = 0
+        self.begun = False  # whether a step of this process has
         self._step_loss: torch.Tensor | None = None
         self._window: dict[str, torch.Tensor] = {}
         self._window_seconds = 0.0
@@ -175,6 +177,33 @@ class PoolTrainer(Trainer):
             )
         return norm
 
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new:
+            optimizer.register_step_post_hook(self._check_step)
+        return optimizer
+
+    def _check_step(self, optimizer, *_) -> None:
+        """A finite gradient may still overflow where it is squared, and lead to a weight that is
+        not finite; the loss would tell one step later, after a checkpoint of it."""
+        held = {"weight": [], "exp_avg": [], "exp_avg_sq": []}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                held["weight"].append(parameter.detach())
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name in optimizer.state.get(parameter, {}):
+                        held[name].append(optimizer.state[parameter][name])
+        # The greatest magnitude is not finite if one value is not. One wait for the device.
+        greatest = [torch.nn.utils.get_total_norm(v, math.inf).float() for v in held.values() if v]
+        if torch.isfinite(torch.stack(greatest)).all():
+            return
+        what = [n for n, v in held.items() if v and not all(t.isfinite().all() for t in v)]
+        raise TrainingError(
+            f"step {self.state.global_step + 1}: {' and '.join(what)} of AdamW not finite after "
+            "it; nothing of the step is kept (a lower --lr or --clip may help)"
+        )
+
     # --- log and validation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -226,7 +255,7 @@ class PoolTrainer(Trainer):
                 written = staging / f"checkpoint-{step}"
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(written)
-                (written / _WINDOW).write_text(json.dumps(self._window_state()), encoding="utf-8")
+                (written / WINDOW).write_text(json.dumps(self._window_state()), encoding="utf-8")
                 for path in written.iterdir():
                     path.rename(staging / path.name)
                 written.rmdir()
@@ -249,16 +278,21 @@ class PoolTrainer(Trainer):
     def restore_window(self) -> None:
         """Take up the averages of a logging window that the checkpoint cut in two."""
         folder = step_folder(self.checkpoints, self._first_step)
-        with contextlib.suppress(FileNotFoundError):
-            state = json.loads((folder / _WINDOW).read_text(encoding="utf-8"))
-            self._tr_loss += state["loss"]
-            self._globalstep_last_logged = state["last_logged"]
-            self._window_steps = state["steps"]
-            self._window_seconds = state["seconds"]
-            self._window = {
-                name: torch.tensor(total, dtype=torch.float64, device=self.args.device)
-                for name, total in state["terms"].items()
-            }
+        state = schema.read(folder / WINDOW, Window, "remove the checkpoint")
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged = state["last_logged"]
+        self._window_steps = state["steps"]
+        self._window_seconds = state["seconds"]
+        self._window = {
+            name: torch.tensor(total, dtype=torch.float64, device=self.args.device)
+            for name, total in state["terms"].items()
+        }
+
+    def check_restored(self) -> None:
+        """InputError unless the optimizer and the learning rate are those of the checkpoint."""
+        folder = step_folder(self.checkpoints, self._first_step)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        check_restored(optimizer, self.lr_scheduler, self._first_step, folder)
 
 
 class _Bookkeeping(TrainerCallback):
@@ -271,9 +305,11 @@ class _Bookkeeping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step > 0:
             self._trainer.restore_window()
+            self._trainer.check_restored()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()
+        self._trainer.begun = True
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
