@@ -90,10 +90,15 @@ def lose_random_state(self, folder):
     torch.manual_seed(1)
 
 
-def lose_position(self, resume_from_checkpoint=None, **kwargs):
-    if resume_from_checkpoint is not None:
-        resume_from_checkpoint = str(resume_from_checkpoint)
-    return trainer.Trainer.train(self, resume_from_checkpoint, **kwargs)
+USUAL_LOADER = PoolTrainer.get_train_dataloader
+
+
+def lose_position(self):
+    step, self._first_step = self._first_step, 0
+    try:
+        return USUAL_LOADER(self)
+    finally:
+        self._first_step = step
 
 
 def lose_balance(self, folder, model=None):
@@ -107,7 +112,7 @@ def lose_balance(self, folder, model=None):
     ("method", "mutant"),
     [
         ("_load_rng_state", lose_random_state),
-        ("train", lose_position),
+        ("get_train_dataloader", lose_position),
         ("_load_from_checkpoint", lose_balance),
         ("restore_window", lambda self: None),
     ],
