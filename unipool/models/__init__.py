@@ -3,6 +3,7 @@
 
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
     raise ImportError(
         'unipool.models needs transformers >= 5.17: pip install "unipool[train]"'
@@ -18,13 +19,18 @@ from .modeling_unipool import (
 )
 from .presets import parameter_counts, preset, preset_names
 from .saved_weights import register as register_saved_weights
+from .trainer_loss import AddsBalanceLoss, BalanceLossWarning
 
 AutoConfig.register(UniPoolConfig.model_type, UniPoolConfig, exist_ok=True)
 AutoModel.register(UniPoolConfig, UniPoolModel, exist_ok=True)
 AutoModelForCausalLM.register(UniPoolConfig, UniPoolForCausalLM, exist_ok=True)
+# Whether a model shifts its labels, Trainer and pipelines know by the name of its class.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[UniPoolConfig.model_type] = UniPoolForCausalLM.__name__
 register_saved_weights()
 
 __all__ = [
+    "AddsBalanceLoss",
+    "BalanceLossWarning",
     "UniPoolCausalLMOutput",
     "UniPoolConfig",
     "UniPoolForCausalLM",

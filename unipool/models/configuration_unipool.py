@@ -83,6 +83,7 @@ class UniPoolConfig(PreTrainedConfig):
 
     model_type = "unipool"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cache",
         "past_key_values",
         "lm_loss",
         "aux_loss",

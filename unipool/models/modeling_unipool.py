@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
+    LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
@@ -37,8 +38,10 @@ from ..nn import (
     pooled_moe,
 )
 from ..ops import Routing
+from .arguments import CACHE, check_arguments, takes_cache
 from .configuration_unipool import UniPoolConfig
 from .subset import ExpertSubset
+from .trainer_loss import targets_of_step, warn_of_loss_outside
 
 
 class _RoutedOutput:
@@ -116,7 +119,9 @@ class UniPoolPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["UniPoolDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = (
+        LlamaPreTrainedModel._skip_keys_device_placement
+    )
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -192,6 +197,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -199,7 +205,7 @@ class UniPoolModel(UniPoolPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -207,29 +213,31 @@ class UniPoolModel(UniPoolPreTrainedModel):
         """input_ids [B, S] or inputs_embeds [B, S, D]; returns the hidden states and the routings.
 
         Changes no state: whoever trains on the output calls `balance_loss(output.routings)` once.
+        cache may be called past_key_values, the name of it before transformers 5.24.
         """
+        check_arguments(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("UniPoolModel: give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen
             position_ids = position_ids.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         tokens = _unpadded_tokens(attention_mask, *hidden_states.shape[:2])
 
         # Layers leave their weight gradients with the pass; see nn/pool_pass.py.
-        passes = [pool.begin_pass() for pool in self.pools]
+        passes = [pool() for pool in self.pools]
         routings = []
         state = None
         for index, layer in enumerate(self.layers):
@@ -241,16 +249,16 @@ class UniPoolModel(UniPoolPreTrainedModel):
                 tokens=tokens,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{CACHE: cache},
                 **kwargs,
             )
             routings.append(Routing(*routing))
         return UniPoolModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
             routings=tuple(routings),
+            **{CACHE: cache},
         )
 
     def balance_loss(self, routings: tuple[Routing, ...]) -> Tensor:
@@ -286,13 +294,14 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -308,7 +317,7 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -319,23 +328,25 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
         lm_loss = aux_loss = loss = None
         share = 1.0
         if labels is not None:
-            kwargs["num_items_in_batch"], share = _targets_of_step(labels, **kwargs)
+            kwargs["num_items_in_batch"], share = targets_of_step(labels, **kwargs)
             lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         if self.training:
             aux_loss = self.model.balance_loss(outputs.routings) * share
+            if labels is None and kwargs.get("num_items_in_batch") is not None:
+                warn_of_loss_outside()
         if lm_loss is not None:
             loss = lm_loss if aux_loss is None else lm_loss + aux_loss
         return UniPoolCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
             aux_loss=aux_loss,
             routings=outputs.routings,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
 
@@ -374,26 +385,3 @@ def _unpadded_tokens(attention_mask, batch: int, length: int) -> Tensor | None:
     kept = attention_mask[:, -length:].expand(batch, length) != 0
     tokens = kept.flatten().nonzero().squeeze(1)
     return None if tokens.numel() == batch * length else tokens
-
-
-def _targets_of_step(
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
-    **_,
-) -> tuple[Tensor, Tensor | float]:
-    """Target tokens that the language loss is divided by, and the weight of the balance loss.
-
-    With num_items_in_batch (target tokens of all micro-batches of an optimizer step) the language
-    loss is a sum divided by that number, so the losses of the micro-batches add up to one mean. The
-    balance loss is already a mean over the micro-batch: added whole, n micro-batches would count it
-    n times. Weighted by its part of the target tokens it stays a mean over the step, too. Without a
-    target there is no loss: the number is at least 1, so that it is 0 and not 0 / 0.
-    """
-    targets = labels[..., 1:] if shift_labels is None else shift_labels
-    here = (targets != ignore_index).sum()
-    if num_items_in_batch is None:
-        return here.clamp(min=1), 1.0
-    of_step = torch.as_tensor(num_items_in_batch, device=here.device).clamp(min=1)
-    return of_step, here / of_step

@@ -74,21 +74,38 @@ class ExpertPool(nn.Module):
         """The pool for one forward pass: hand it to the layers instead of the pool itself.
 
         Call it once per micro-batch at the root of the model, outside any recomputed region, and
-        within autocast if that is used. Passes are independent of each other.
+        within autocast if that is used. Passes are independent of each other. The same as calling
+        the pool without arguments, so that what works by hooks of modules (sharding, offloading)
+        has the weights in place.
         """
-        return PoolPass(
-            self.gate_up_proj, self.down_proj, self.weight_grad, self.wgrad_window_bytes
-        )
+        return self()
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x [T, D] and its Routing -> [T, D]; a single layer's use, outside any pass."""
-        return PoolPass(self.gate_up_proj, self.down_proj, "autograd", None)(x, routing)
+    def forward(self, x: Tensor | None = None, routing: Routing | None = None) -> Tensor | PoolPass:
+        """Without arguments a pass; x [T, D] and its Routing -> [T, D] is a single layer's use."""
+        if (x is None) != (routing is None):
+            raise TypeError("ExpertPool: give both x and routing, or neither to begin a pass")
+        if x is not None:
+            return PoolPass(self.gate_up_proj, self.down_proj, "autograd", None)(x, routing)
+        return PoolPass(
+            self.gate_up_proj,
+            self.down_proj,
+            self.weight_grad,
+            self.wgrad_window_bytes,
+            own=_frees_weights(self),
+        )
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, d_model={self.d_model}, d_ff={self.d_ff}, "
             f"weight_grad={self.weight_grad!r}"
         )
+
+
+def _frees_weights(pool: ExpertPool) -> bool:
+    """Whether FSDP2 frees the pool's gathered weights when its forward ends, before the layers."""
+    state = pool._get_fsdp_state() if hasattr(pool, "_get_fsdp_state") else None
+    group = getattr(state, "_fsdp_param_group", None)
+    return group is not None and group.post_forward_mesh_info is not None
 
 
 def pooled_moe(

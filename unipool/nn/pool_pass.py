@@ -179,12 +179,12 @@ class PoolEntry(torch.autograd.Function):
     """The node between the pool's parameters and the layers of a pass."""
 
     @staticmethod
-    def forward(ctx, gate_up, down, collector, dtype):
+    def forward(ctx, gate_up, down, collector, dtype, own):
         ctx.set_materialize_grads(False)
         ctx.collector = collector
         ctx.dtypes = (gate_up.dtype, down.dtype)
         outputs = tuple(
-            weight.view_as(weight) if weight.dtype == dtype else weight.to(dtype)
+            weight.to(dtype, copy=own) if own or weight.dtype != dtype else weight.view_as(weight)
             for weight in (gate_up, down)
         )
         frozen = [
@@ -203,7 +203,7 @@ class PoolEntry(torch.autograd.Function):
         for ours, other, dtype in zip(collected, direct, ctx.dtypes, strict=True):
             other = None if other is None else other.to(dtype)
             grads.append(other if ours is None else ours if other is None else ours + other)
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 class PoolPass:
@@ -213,16 +213,25 @@ class PoolPass:
         gate_up: [M, 2F, D], in the dtype of the computation.
         down: [M, D, F], in the same.
         collector: where layers leave their weight gradients; None in mode "autograd".
+
+    own: copy the weights, as whoever owns the parameters frees them before the layers are run.
     """
 
     def __init__(
-        self, gate_up: Tensor, down: Tensor, weight_grad: str, window_bytes: int | None
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        weight_grad: str,
+        window_bytes: int | None,
+        own: bool = False,
     ) -> None:
         self.num_experts = gate_up.shape[0]
         self.gate_up, self.down = gate_up, down
         self.collector: GradientCollector | None = None
         needed = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
         if weight_grad == "autograd" or not needed or torch.compiler.is_compiling():
+            if own:
+                self.gate_up, self.down = gate_up.clone(), down.clone()
             return
         if weight_grad == "accumulate":
             window_bytes = 0
@@ -233,7 +242,7 @@ class PoolPass:
         dtype = gate_up.dtype
         if torch.is_autocast_enabled(device):  # once for all layers
             dtype = torch.get_autocast_dtype(device)
-        self.gate_up, self.down = PoolEntry.apply(gate_up, down, self.collector, dtype)
+        self.gate_up, self.down = PoolEntry.apply(gate_up, down, self.collector, dtype, own)
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
         """x [T, D] and its Routing -> [T, D], the weighted sum of each token's experts."""
