@@ -9,7 +9,7 @@ import typer
 from unipool.cli.options import command
 from unipool.errors import InputError
 from unipool.terminal import say
-from unipool.training.config import TrainConfig, with_last_rate
+from unipool.training.config import TrainConfig
 
 
 @command(TrainConfig)
@@ -31,7 +31,7 @@ def train(
             raise InputError(f"--resume: {out} holds no run")
         config = TrainConfig.load(Path(out, "config.json")).resumed_with(given | {"out": out})
     else:
-        config = TrainConfig(**with_last_rate(given))
+        config = TrainConfig(**given)
 
     from rich.console import Console
 

@@ -36,7 +36,7 @@ from unipool.model_folder import check_path
 from unipool.models.loading import load_config, resolve_device
 from unipool.models.memory import TRAINED, check_memory
 from unipool.terminal import say
-from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
+from unipool.training.callbacks import ProgressDisplay, SilenceWarning, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import MetricsLog, read_metrics
 from unipool.training.resuming import DATA_KEY, check_weights, last_usable, read_key
@@ -110,7 +110,9 @@ def run_training(
 def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: str) -> None:
     display = ProgressDisplay(console, name)
     trainer.remove_callback(PrinterCallback)
-    for callback in (StopCallback(signals), MetricsLog(out / "metrics.jsonl"), display):
+    init_std = getattr(trainer.model.config, "initializer_range", 0.0)
+    silence = SilenceWarning(console, lambda: trainer.silent_fractions, init_std)
+    for callback in (StopCallback(signals), MetricsLog(out / "metrics.jsonl"), display, silence):
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
