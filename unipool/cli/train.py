@@ -8,7 +8,7 @@ import typer
 
 from unipool.cli.options import command
 from unipool.errors import InputError
-from unipool.terminal import say
+from unipool.terminal import say, to_type
 from unipool.training.config import TrainConfig
 
 
@@ -40,7 +40,7 @@ def train(
     console = Console()
     result = run_training(config, resume=resume, console=console)
     if result.validation is None:
-        again = f"unipool train --resume --out {out}"
+        again = to_type("train", "--resume", "--out", out)
         say(f"stopped after step {result.step}; go on with: {again}", console)
         raise typer.Exit(128 + result.signal)
     say(f"model: {Path(out, 'model')}", console)
