@@ -35,7 +35,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            known = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+            for number in (getattr(signal, name) for name in known):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self

@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +41,11 @@ from unipool.training.metrics import MetricsLog, read_metrics
 from unipool.training.resuming import DATA_KEY, check_weights, last_usable, read_key
 from unipool.training.trainer import WRITE_ERRORS, PoolTrainer
 from unipool.training.validation import Validation
+
+try:
+    import fcntl
+except ImportError:  # a system without; runs there have no lock
+    fcntl = None
 
 LOCK = ".lock"
 
@@ -215,7 +219,8 @@ def locked(out: Path) -> Iterator[None]:
     busy = InputError(f"--out {out}: another process is training there")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise busy from error
         except OSError:
