@@ -48,9 +48,15 @@ def missing_requirement() -> str | None:
 def parallel_jobs() -> int:
     """MAX_JOBS, or as many as cores and free memory allow."""
     if jobs := os.environ.get("MAX_JOBS"):
+        if not jobs.isdecimal() or int(jobs) < 1:
+            sys.exit(f"unipool: MAX_JOBS must be a whole number of at least 1, got {jobs!r}")
         return int(jobs)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return max(1, min(len(os.sched_getaffinity(0)), int(free / JOB_MEMORY_GIB)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):  # not on macOS
+        return cores or 1
+    return max(1, min(cores or 1, int(free / JOB_MEMORY_GIB)))
 
 
 class CMakeBuild(build_ext):

@@ -14,12 +14,22 @@ LIBRARY_DIR = Path(os.environ.get("UNIPOOL_LIBRARY_DIR", Path(__file__).parent /
 REBUILD = "rebuild with: pip install --no-build-isolation --no-deps --force-reinstall ."
 CPU, CUDA = "libunipool_cpu.so", "libunipool_cuda.so"
 
+_SOURCE = Path(__file__).parents[1]
+
 loaded: list[Path] = []
 
 
 def _load(name: str) -> None:
     path = LIBRARY_DIR / name
     if not path.exists():
+        own = Path(__file__).parent / "lib" == LIBRARY_DIR
+        if own and (_SOURCE / "CMakeLists.txt").exists():
+            # Python looks in the folder that it is started in before it looks at what is installed.
+            raise ImportError(
+                f"unipool: {_SOURCE} is a source folder whose ops were not built, and it hides an "
+                "installed unipool: run Python from another folder, or build here with: pip "
+                "install --no-build-isolation -e ."
+            )
         raise ImportError(f"unipool: {path} is missing, the ops were not built; {REBUILD}")
     try:
         torch.ops.load_library(path)

@@ -76,7 +76,11 @@ def open_own(path: Path, mode: str) -> IO:
     """
     flags = {"w": os.O_TRUNC, "a": os.O_APPEND, "r+": 0}[mode]
     access = os.O_RDWR if mode == "r+" else os.O_WRONLY
-    handle = os.open(path, access | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+    follow = getattr(os, "O_NOFOLLOW", None)
+    if follow is None and os.path.islink(path):  # the best that such a system can do
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    flags |= (follow or 0) | getattr(os, "O_CLOEXEC", 0)
+    handle = os.open(path, access | os.O_CREAT | flags, 0o666)
     return open(handle, mode, encoding="utf-8")
 
 

@@ -3,7 +3,12 @@
 characters: it moves the cursor, changes the title, turns the direction of a line. `say` prints all
 that did not come from us, and pages take their texts through `printable`."""
 
+import os
+import shlex
+import shutil
+import sys
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +38,17 @@ def _shown(character: str, lines: bool) -> str:
     if code < 0x100:
         return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(character, f"\\x{code:02x}")
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def to_type(*words: object) -> str:
+    """The line to type for `unipool WORDS` where this process was started: by its path where
+    `unipool` alone would not be found, or would be another."""
+    run, found = sys.argv[0] if sys.argv else "", shutil.which("unipool")
+    if Path(run).name == "unipool" and os.path.exists(run):
+        program = ["unipool"] if found and os.path.samefile(found, run) else [run]
+    else:
+        program = ["unipool"] if found else [sys.executable, "-m", "unipool.cli"]
+    return shlex.join([*program, *map(str, words)])
 
 
 def say(

@@ -58,7 +58,7 @@ def test_version_and_help(capsys):
         (["train", "--top-k", "0"], "--top-k"),
         (["train", "--lr", "-1"], "--lr must be a positive number, got -1.0"),
         (["train", "--colour", "red"], "--colour"),
-        (["train", "--scale", "1b"], "name must be one of .*got '1b'"),
+        (["train", "--scale", "1b"], "--scale must be one of .*, small, got 1b"),
         (["train", "--num-pools", "9"], r"num_pools must be in \[1, num_hidden_layers=4\], got 9"),
         (["train", "--data", "/no/such/file"], "data: /no/such/file does not exist"),
         (["train", "--tokenizer", "/no/such"], "tokenizer: /no/such is not a folder"),

@@ -20,7 +20,7 @@ ROOMS = {
     "reference": {"ops"},
     "doctor": {"__init__", "_library", "ops", "options", "reference", "terminal"},
     "integrations": {"ops"},
-    "scales": set(),
+    "scales": {"errors"},
     "errors": set(),
     "terminal": set(),
     "files": set(),
@@ -38,7 +38,7 @@ ROOMS = {
     },
     "training": {
         *("__init__", "configs", "data", "json_files", "model_folder", "models", "options"),
-        *("report", "schema", "terminal", *PLAIN),
+        *("report", "scales", "schema", "terminal", *PLAIN),
     },
     "evaluation": {
         *("checkpoints", "configs", "data", "errors", "json_files", "models", "report"),
@@ -49,7 +49,7 @@ ROOMS = {
         *("training", *PLAIN),
     },
     "compare": {
-        *("__init__", "configs", "data", "models", "nn", "options", "report", "schema"),
+        *("__init__", "configs", "data", "models", "nn", "options", "report", "scales", "schema"),
         *("terminal", "training", *PLAIN),
     },
     "cli": {

@@ -9,7 +9,7 @@ from unipool.cli.options import command
 from unipool.configs import CompareConfig
 from unipool.errors import InputError, TrainingError
 from unipool.options import known_options
-from unipool.terminal import say
+from unipool.terminal import say, to_type
 
 
 @command(CompareConfig)
@@ -40,7 +40,7 @@ def compare(
     console = Console()
     results, stopped = run_compare(config, resume=resume, console=console)
     if stopped is not None:
-        again = f"unipool compare --resume --out {config.out}"
+        again = to_type("compare", "--resume", "--out", config.out)
         say(f"stopped; go on with: {again}", console)
         raise typer.Exit(128 + stopped)
     runs = [run for entry in results["variants"] for run in entry["runs"]]

@@ -7,7 +7,7 @@ import typer
 
 from unipool.cli.options import command
 from unipool.configs import DemoConfig
-from unipool.terminal import say
+from unipool.terminal import say, to_type
 
 
 @command(DemoConfig)
@@ -27,7 +27,8 @@ def demo(
     try:
         run_demo(config, resume=resume, console=Console())
     except DemoInterruptedError as stop:
-        options = f" --steps {config.steps}" if config.steps else ""
-        options += f" --seed {config.seed}" if config.seed else ""
-        say(f"stopped; go on with: unipool demo --resume --out {config.out}{options}")
+        options = ["--steps", config.steps] if config.steps else []
+        options += ["--seed", config.seed] if config.seed else []
+        again = to_type("demo", "--resume", "--out", config.out, *options)
+        say(f"stopped; go on with: {again}")
         raise typer.Exit(128 + stop.signal) from None

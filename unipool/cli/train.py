@@ -8,8 +8,8 @@ import typer
 
 from unipool.cli.options import command
 from unipool.errors import InputError
-from unipool.terminal import say
-from unipool.training.config import TrainConfig, with_last_rate
+from unipool.terminal import say, to_type
+from unipool.training.config import TrainConfig
 
 
 @command(TrainConfig)
@@ -31,7 +31,7 @@ def train(
             raise InputError(f"--resume: {out} holds no run")
         config = TrainConfig.load(Path(out, "config.json")).resumed_with(given | {"out": out})
     else:
-        config = TrainConfig(**with_last_rate(given))
+        config = TrainConfig(**given)
 
     from rich.console import Console
 
@@ -40,7 +40,7 @@ def train(
     console = Console()
     result = run_training(config, resume=resume, console=console)
     if result.validation is None:
-        again = f"unipool train --resume --out {out}"
+        again = to_type("train", "--resume", "--out", out)
         say(f"stopped after step {result.step}; go on with: {again}", console)
         raise typer.Exit(128 + result.signal)
     say(f"model: {Path(out, 'model')}", console)

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from unipool.errors import InputError
-from unipool.models import preset, preset_names
+from unipool.models import preset
 from unipool.models.configuration_unipool import BALANCES
 from unipool.models.presets import VANILLA_COEFFICIENT
 from unipool.nn.recurrent import SCORINGS
+from unipool.scales import find_scale
 
 # In a grid, the recurrent router with NormRouter's scoring is a router of its own.
 ROUTERS = {
@@ -34,8 +35,7 @@ class Baseline:
     @classmethod
     def of(cls, scale: str) -> "Baseline":
         """InputError for an unknown scale."""
-        if scale not in preset_names():
-            raise InputError(f"--scale must be one of {', '.join(preset_names())}, got {scale}")
+        find_scale(scale)
         vanilla, unipool = preset(scale, "vanilla"), preset(scale, "unipool")
         return cls(
             scale,

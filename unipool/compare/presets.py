@@ -2,9 +2,11 @@
 """The tables of arXiv:2605.06665 as grids, and the training that fits each scale."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 from unipool.compare.grid import Axes, Baseline, Size, Variant, distinct, grid, vanilla
 from unipool.errors import InputError
+from unipool.scales import find_scale
 
 _POOL_SIZES = tuple(Size(fraction=f) for f in (0.416, 0.5, 0.667, 0.833, 1.0))
 
@@ -61,37 +63,12 @@ PRESETS: dict[str, tuple[str, Callable[[Baseline], list[Variant]]]] = {
     "routers": ("NormRouter, softmax and RMoE's recurrent router (arXiv:2408.06793)", _routers),
 }
 
-_BYTES = {  # small models that read bytes: minutes on a CPU
-    # With 0.01, as at the published scales, a short run at this width leaves most tokens with a
-    # NormRouter score of zero for every expert: the router's weights turn negative together.
-    "init_std": 0.05,
-    "seq_len": 256,
-    "batch_size": 8,
-    "steps": 800,
-    "lr": 2e-3,
-    "min_lr": 2e-4,
-    "warmup": 0.05,
-    "eval_tokens": 1 << 17,
-    "save_every": 250,
-}
-_PUBLISHED = {  # 60,000 steps of 512 x 1024 tokens: 31.5 billion
-    "seq_len": 1024,
-    "batch_size": 8,
-    "accumulate": 64,
-    "steps": 60_000,
-    "lr": 5e-4,
-    "min_lr": 5e-5,
-    "warmup": 0.01,
-    "precision": "bf16",
-    "eval_tokens": 1 << 22,
-    "save_every": 1000,
-}
 
-
-def training(scale: str) -> dict:
-    """Options of TrainConfig that every model of a sweep has in common, unless told otherwise."""
-    options = _BYTES if scale in ("tiny", "small") else _PUBLISHED
-    return options | {"eval_every": 0, "keep": 1}
+def training(scale: str, **given) -> dict:
+    """Options of TrainConfig that every model of a sweep has in common: `given`, the scale's own
+    for the rest, and no validation before the last step."""
+    options = asdict(find_scale(scale).recipe) | {"eval_every": 0, "keep": 1} | given
+    return {"min_lr": options["lr"] / 10} | options
 
 
 def preset_variants(names: Iterable[str], baseline: Baseline) -> list[Variant]:

@@ -19,7 +19,7 @@ from unipool.compare.presets import PRESETS, preset_variants, training, with_bas
 from unipool.configs import CompareConfig
 from unipool.errors import InputError
 from unipool.options import FORMAT
-from unipool.training.config import TrainConfig, with_last_rate
+from unipool.training.config import TrainConfig
 
 SWEEP_FILE = "sweep.json"
 _SHARED = ("data", "field", "tokenizer", "seq_len", "batch_size", "accumulate", "steps", "lr")
@@ -98,7 +98,7 @@ class Sweep:
         """What the options say; InputError, in one line, for what cannot be."""
         baseline = Baseline.of(config.scale)
         variants = with_baselines(_chosen(config, baseline), baseline)
-        options = training(config.scale) | {"data": ()} | with_last_rate(_shared_options(config))
+        options = training(config.scale, **{"data": ()} | _shared_options(config))
         return cls(config.scale, tuple(variants), config.seeds, options)
 
     def config(self, variant: Variant, seed: int, out: Path) -> TrainConfig:

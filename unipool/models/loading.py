@@ -37,7 +37,20 @@ def load_model(path: Path, device: str = "cpu", trust_remote_code: bool = False)
         raise InputError(f"model: cannot load {folder}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):  # which would be drawn at random
         raise InputError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
-    return model.to(device).eval(), load_hugging_face(folder, trust_remote_code)
+    tokenizer = load_hugging_face(folder, trust_remote_code)
+    _check_vocabulary(model, tokenizer, folder)
+    return model.to(device).eval(), tokenizer
+
+
+def _check_vocabulary(model, tokenizer, folder: Path) -> None:
+    """InputError for a tokenizer with an id that the model has no embedding of."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+    embedded = model.get_input_embeddings().num_embeddings
+    if largest >= embedded:
+        raise InputError(
+            f"model: {folder} has a tokenizer with ids up to {largest}, and embeddings of the ids "
+            f"below {embedded}: the tokenizer is another model's"
+        )
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

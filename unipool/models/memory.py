@@ -24,7 +24,11 @@ def memory_of(device: str) -> int:
         sizes = dict(line.split(":", 1) for line in lines)
         return sum(int(sizes[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
     except (OSError, KeyError, ValueError):
+        pass
+    try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 62  # not known: nothing is refused
 
 
 def check_memory(

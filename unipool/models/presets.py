@@ -42,7 +42,7 @@ def preset(name: str, form: str = "unipool", **overrides) -> PreTrainedConfig:
         "num_key_value_heads": 4,
         "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": UniPoolConfig.default_theta},
-        "initializer_range": 0.01,
+        "initializer_range": scale.recipe.init_std,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }

@@ -8,6 +8,7 @@ the pass, and the node, which autograd runs once after all of them, returns the 
 pass. AccumulateGrad, hooks of DDP and FSDP, gradient scaling and clipping see nothing unusual.
 """
 
+import contextlib
 import os
 
 import torch
@@ -28,7 +29,11 @@ def default_window_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + unused) // 4
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    # macOS tells only what there is in all; others nothing.
+    for pages, part in (("SC_AVPHYS_PAGES", 4), ("SC_PHYS_PAGES", 8)):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // part
+    return 1 << 30
 
 
 class _Ready:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 from unipool.terminal import say
 
 _STDERR = 2
+_NEARLY_ALL, _WINDOWS = 0.9, 3  # of a layer's tokens; in a row
 _PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
@@ -33,7 +35,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            known = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+            for number in (getattr(signal, name) for name in known):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -67,6 +70,42 @@ class StopCallback(TrainerCallback):
         if self._signals.received is not None and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_save = True
+
+
+class SilenceWarning(TrainerCallback):
+    """Says once that a layer goes on leaving nearly all its tokens without an expert.
+
+    fractions: of each layer, the part of its tokens in the last logging window. One window alone is
+    no reason: in the first steps a layer may fall silent and come back.
+    """
+
+    def __init__(self, console: Console, fractions: Callable[[], list[float]], init_std: float):
+        self._console = console
+        self._fractions = fractions
+        self._init_std = init_std
+        self._streak: dict[int, int] = {}  # windows in a row, by layer
+        self._told = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._told or "silent_fraction" not in (logs or {}):
+            return
+        fractions = self._fractions()
+        self._streak = {
+            n: self._streak.get(n, 0) + 1 for n, part in enumerate(fractions) if part > _NEARLY_ALL
+        }
+        layers = [n for n, windows in self._streak.items() if windows >= _WINDOWS]
+        if not layers:
+            return
+        self._told = True
+        names = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        with contextlib.suppress(OSError):
+            say(
+                f"warning: step {state.global_step}: in {names} no expert scores above zero for "
+                f"{min(fractions[n] for n in layers):.0%} of the tokens or more, which pass it "
+                "without an MLP and teach its router nothing: begin again with a greater "
+                f"--init-std (here {self._init_std:g}) or a lower --lr",
+                self._console,
+            )
 
 
 class ProgressDisplay(TrainerCallback):
@@ -108,6 +147,8 @@ class ProgressDisplay(TrainerCallback):
             status = f"loss {logs.get('lm_loss', logs['loss']):.3f}"
             if "tokens_per_second" in logs:
                 status += f"  {logs['tokens_per_second']:,.0f} tokens/s"
+            if "silent_fraction" in logs:
+                status += f"  {logs['silent_fraction']:.0%} silent"
             self._show(state, status)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):

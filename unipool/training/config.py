@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from unipool.errors import InputError
 from unipool.options import FORMAT, Option, check_options, known_options, read_options
+from unipool.scales import find_scale
 
 _MODEL_FIELDS = {  # option -> field of the model's configuration
     "d_model": "hidden_size",
@@ -39,7 +40,8 @@ _MODEL, _DATA, _OPTIM, _RUN = "Model", "Data", "Optimisation", "Run"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of one run. None in the model part means: what `scale` and `form` say."""
+    """Options of one run. None in the model part means: what `scale` and `form` say; elsewhere
+    such an option gets its value from the scale (unipool/scales.py) at once."""
 
     form: Annotated[
         Literal["dense", "vanilla", "unipool"],
@@ -48,22 +50,33 @@ class TrainConfig:
     scale: Annotated[str, Option("sizes: tiny, small, 182m, 469m, 650m, 830m or 978m", _MODEL)] = (
         "tiny"
     )
-    d_model: Annotated[int | None, Option("model width D", _MODEL, min=1)] = None
-    d_ff: Annotated[int | None, Option("width F of one expert", _MODEL, min=1)] = None
-    layers: Annotated[int | None, Option("layers L", _MODEL, min=1)] = None
-    heads: Annotated[int | None, Option("attention heads", _MODEL, min=1)] = None
-    kv_heads: Annotated[int | None, Option("key/value heads", _MODEL, min=1)] = None
+    d_model: Annotated[int | None, Option("model width D [of the scale]", _MODEL, min=1)] = None
+    d_ff: Annotated[int | None, Option("width F of one expert [of the scale]", _MODEL, min=1)] = (
+        None
+    )
+    layers: Annotated[int | None, Option("layers L [of the scale]", _MODEL, min=1)] = None
+    heads: Annotated[int | None, Option("attention heads [of the scale]", _MODEL, min=1)] = None
+    kv_heads: Annotated[
+        int | None, Option("key/value heads [4, or what divides --heads]", _MODEL, min=1)
+    ] = None
     init_std: Annotated[
-        float | None, Option("standard deviation of the first weights", _MODEL, min=0)
+        float | None,
+        Option("standard deviation of the first weights [of the scale]", _MODEL, min=0),
     ] = None
     num_pools: Annotated[
-        int | None, Option("pools G, from 1 (shared) to L (layer-private)", _MODEL, min=1)
+        int | None,
+        Option("pools G, from 1 (shared) to L (layer-private) [1 or L, by --form]", _MODEL, min=1),
     ] = None
-    pool_size: Annotated[int | None, Option("experts M in a pool", _MODEL, min=1)] = None
-    top_k: Annotated[int | None, Option("experts k a token", _MODEL, min=1)] = None
+    pool_size: Annotated[
+        int | None, Option("experts M in a pool [of the scale]", _MODEL, min=1)
+    ] = None
+    top_k: Annotated[int | None, Option("experts k a token [1]", _MODEL, min=1)] = None
     router: Annotated[
         Literal["norm", "softmax", "recurrent"] | None,
-        Option("how experts are scored; recurrent: a GRU over the layers", _MODEL),
+        Option(
+            "how experts are scored; recurrent: a GRU over the layers [norm; softmax for vanilla]",
+            _MODEL,
+        ),
     ] = None
     router_state_size: Annotated[
         int | None,
@@ -74,14 +87,21 @@ class TrainConfig:
         Option("scores of the recurrent router [softmax]", _MODEL),
     ] = None
     balance: Annotated[
-        Literal["pool", "layer", "none"] | None, Option("what is kept in balance", _MODEL)
+        Literal["pool", "layer", "none"] | None,
+        Option("what is kept in balance [pool; layer for vanilla]", _MODEL),
     ] = None
     balance_coefficient: Annotated[
-        float | None, Option("weight of the balance loss", _MODEL, min=0)
+        float | None,
+        Option("weight of the balance loss [of the scale; 0.01 for vanilla]", _MODEL, min=0),
     ] = None
     balance_delay: Annotated[
         int | None,
-        Option("load of the same (0) or the last (1) micro-batch", _MODEL, min=0, max=1),
+        Option(
+            "load of the same (0) or the last (1) micro-batch [1; 0 for vanilla]",
+            _MODEL,
+            min=0,
+            max=1,
+        ),
     ] = None
 
     data: Annotated[
@@ -99,45 +119,62 @@ class TrainConfig:
     val_fraction: Annotated[
         float, Option("part of the text to hold out", _DATA, above=0, below=1)
     ] = 0.05
-    seq_len: Annotated[int, Option("tokens per sequence", _DATA, min=2)] = 256
+    seq_len: Annotated[int | None, Option("tokens per sequence [of the scale]", _DATA, min=2)] = (
+        None
+    )
 
-    batch_size: Annotated[int, Option("sequences per micro-batch", _OPTIM, min=1)] = 16
-    accumulate: Annotated[int, Option("micro-batches per step", _OPTIM, min=1)] = 1
-    steps: Annotated[int, Option("optimizer steps", _OPTIM, min=1)] = 1000
+    batch_size: Annotated[
+        int | None, Option("sequences per micro-batch [of the scale]", _OPTIM, min=1)
+    ] = None
+    accumulate: Annotated[
+        int | None, Option("micro-batches per step [of the scale]", _OPTIM, min=1)
+    ] = None
+    steps: Annotated[int | None, Option("optimizer steps [of the scale]", _OPTIM, min=1)] = None
     seed: Annotated[
         int, Option("weights, held-out split and order of the text", _OPTIM, min=0, below=1 << 32)
     ] = 0
-    lr: Annotated[float, Option("highest learning rate", _OPTIM, above=0)] = 5e-4
+    lr: Annotated[float | None, Option("highest learning rate [of the scale]", _OPTIM, above=0)] = (
+        None
+    )
     min_lr: Annotated[
-        float, Option("last learning rate of the cosine [a tenth of --lr]", _OPTIM, min=0)
-    ] = 5e-5
+        float | None, Option("last learning rate of the cosine [a tenth of --lr]", _OPTIM, min=0)
+    ] = None
     warmup: Annotated[
-        float, Option("part of the steps to warm up over", _OPTIM, min=0, below=1)
-    ] = 0.01
+        float | None,
+        Option("part of the steps to warm up over [of the scale]", _OPTIM, min=0, below=1),
+    ] = None
     weight_decay: Annotated[
         float, Option("AdamW weight decay, of matrices only", _OPTIM, min=0)
     ] = 0.1
     clip: Annotated[float, Option("greatest gradient norm", _OPTIM, above=0)] = 1.0
     device: Annotated[Literal["auto", "cpu", "cuda"], Option("where to train", _OPTIM)] = "auto"
     precision: Annotated[
-        Literal["fp32", "bf16"], Option("bf16: autocast over float32 weights", _OPTIM)
-    ] = "fp32"
+        Literal["fp32", "bf16"] | None,
+        Option("bf16: autocast over float32 weights [of the scale]", _OPTIM),
+    ] = None
 
     out: Annotated[str, Option("folder of the run", _RUN, path="write")] = "runs/train"
     save_every: Annotated[
-        int, Option("steps between checkpoints, 0: only the last", _RUN, min=0)
-    ] = 200
+        int | None,
+        Option("steps between checkpoints, 0: only the last [of the scale]", _RUN, min=0),
+    ] = None
     eval_every: Annotated[
-        int, Option("steps between evaluations, 0: only the last", _RUN, min=0)
-    ] = 200
-    eval_tokens: Annotated[int, Option("held-out tokens to evaluate on, 0: all", _RUN, min=0)] = (
-        1 << 17
-    )
+        int | None,
+        Option("steps between evaluations, 0: only the last [of the scale]", _RUN, min=0),
+    ] = None
+    eval_tokens: Annotated[
+        int | None, Option("held-out tokens to evaluate on, 0: all [of the scale]", _RUN, min=0)
+    ] = None
     log_every: Annotated[int, Option("steps between rows of metrics.jsonl", _RUN, min=1)] = 10
     keep: Annotated[int, Option("checkpoints to keep", _RUN, min=1)] = 2
 
     def __post_init__(self):
         check_options(self)
+        recipe = dataclasses.asdict(find_scale(self.scale).recipe)
+        recipe["min_lr"] = (self.lr or recipe["lr"]) / 10
+        for name, value in recipe.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # frozen for all others
         if self.min_lr > self.lr:
             raise InputError(f"--min-lr must be in [0, {self.lr:g}], got {self.min_lr}")
         if self.steps * self.tokens_per_step >= 1 << 62:
@@ -162,7 +199,8 @@ class TrainConfig:
     def load(cls, path: Path) -> "TrainConfig":
         """The configuration in a run's config.json; InputError if it cannot be read."""
         values = read_options(path, cls)
-        needed = [f.name for f in dataclasses.fields(cls) if f.default is not None]
+        optional = {*_MODEL_FIELDS, "tokenizer"}
+        needed = [f.name for f in dataclasses.fields(cls) if f.name not in optional]
         if missing := [name for name in needed if name not in values]:
             raise InputError(f"{path} is not the configuration of a run: it lacks {missing[0]}")
         try:
@@ -212,10 +250,3 @@ def find_run(folder: Path) -> tuple[Path, TrainConfig] | None:
         if (run / "data.key").exists() and (run / "config.json").exists():
             return run, TrainConfig.load(run / "config.json")
     return None
-
-
-def with_last_rate(given: dict) -> dict:
-    """`given` options; where there is a learning rate without its last one, that is a tenth."""
-    if "lr" in given and "min_lr" not in given:
-        return given | {"min_lr": given["lr"] / 10}
-    return given

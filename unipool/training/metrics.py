@@ -15,6 +15,7 @@ from unipool.json_files import parse_json
 from unipool.schema import Range
 
 _COLUMNS = ("loss", "lm_loss", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second")
+_COLUMNS += ("silent_fraction",)
 
 
 class MetricsLog(TrainerCallback):
@@ -70,6 +71,7 @@ class Row(_Required, total=False):
     grad_norm: _Number
     learning_rate: _Number
     tokens_per_second: Annotated[float, Range(above=0)]
+    silent_fraction: Annotated[float, Range(min=0)]  # of (token, layer) pairs: no expert scored > 0
     epoch: float
     val_loss: _Number
     val_bits_per_byte: _Number

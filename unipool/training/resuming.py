@@ -29,7 +29,12 @@ Count = Annotated[int, Range(min=0)]
 Key = Annotated[str, Text("[0-9a-f]{64}", "64 hexadecimal digits")]
 
 
-class Window(TypedDict):
+class _SilentTokens(TypedDict, total=False):
+    silent: list[Count]  # of each layer: tokens that no expert got
+    routed: Count  # tokens that a layer saw
+
+
+class Window(_SilentTokens):
     """Sums over the steps since the last row of metrics.jsonl."""
 
     loss: float

@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,12 +35,17 @@ from unipool.model_folder import check_path
 from unipool.models.loading import load_config, resolve_device
 from unipool.models.memory import TRAINED, check_memory
 from unipool.terminal import say
-from unipool.training.callbacks import ProgressDisplay, StopCallback, StopSignals
+from unipool.training.callbacks import ProgressDisplay, SilenceWarning, StopCallback, StopSignals
 from unipool.training.config import TrainConfig
 from unipool.training.metrics import MetricsLog, read_metrics
 from unipool.training.resuming import DATA_KEY, check_weights, last_usable, read_key
 from unipool.training.trainer import WRITE_ERRORS, PoolTrainer
 from unipool.training.validation import Validation
+
+try:
+    import fcntl
+except ImportError:  # a system without; runs there have no lock
+    fcntl = None
 
 LOCK = ".lock"
 
@@ -110,7 +114,9 @@ def run_training(
 def _train(trainer: PoolTrainer, checkpoint, signals, out: Path, console, name: str) -> None:
     display = ProgressDisplay(console, name)
     trainer.remove_callback(PrinterCallback)
-    for callback in (StopCallback(signals), MetricsLog(out / "metrics.jsonl"), display):
+    init_std = getattr(trainer.model.config, "initializer_range", 0.0)
+    silence = SilenceWarning(console, lambda: trainer.silent_fractions, init_std)
+    for callback in (StopCallback(signals), MetricsLog(out / "metrics.jsonl"), display, silence):
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -213,7 +219,8 @@ def locked(out: Path) -> Iterator[None]:
     busy = InputError(f"--out {out}: another process is training there")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise busy from error
         except OSError:

@@ -5,7 +5,8 @@ What is changed, and at which seam:
 - `_save_checkpoint`: writes aside, then renames (unipool/files.py);
 - `get_train_dataloader`: starts at the resumed position in O(1), draws from no global generator;
 - `compute_loss`, `log`: language and balance loss are logged apart, averaged over the same window,
-  and a window that a checkpoint cuts in two is restored;
+  with the part of the tokens that no expert got; a window that a checkpoint cuts in two is
+  restored;
 - `training_step`, `_clip_grad_norm`: non-finite loss or gradient raises before a weight changes;
 - `create_optimizer`: non-finite weights or moments raise in the step that made them;
 - `evaluate`: the exact held-out loss of validation.py.
@@ -122,6 +123,9 @@ class PoolTrainer(Trainer):
         self._window: dict[str, torch.Tensor] = {}
         self._window_seconds = 0.0
         self._window_steps = 0
+        self._silent: torch.Tensor | None = None  # [L] int64, of the window's routed tokens
+        self._routed = 0
+        self.silent_fractions: list[float] = []  # of each layer, in the last window
 
     # --- data
 
@@ -157,6 +161,11 @@ class PoolTrainer(Trainer):
             term = getattr(outputs, name, None)
             if term is not None:
                 self._window[name] = self._window.get(name, 0.0) + term.detach().double()
+        if routings := getattr(outputs, "routings", None):
+            # Without a wait for the device: added up there until there is a row to log.
+            silent = torch.stack([(one.experts < 0).all(dim=1).sum() for one in routings])
+            self._silent = silent if self._silent is None else self._silent + silent
+            self._routed += routings[0].experts.shape[0]
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -214,11 +223,15 @@ class PoolTrainer(Trainer):
             if self._window_seconds > 0:
                 tokens = self._window_steps * self.run_config.tokens_per_step
                 logs["tokens_per_second"] = tokens / self._window_seconds
+            if self._routed:
+                self.silent_fractions = [n / self._routed for n in self._silent.tolist()]
+                logs["silent_fraction"] = sum(self.silent_fractions) / len(self.silent_fractions)
             self._reset_window()
         super().log(logs, start_time)
 
     def _reset_window(self) -> None:
         self._window, self._window_seconds, self._window_steps = {}, 0.0, 0
+        self._silent, self._routed = None, 0
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="val"):
         result = self.validation()
@@ -273,6 +286,8 @@ class PoolTrainer(Trainer):
             "steps": self._window_steps,
             "seconds": self._window_seconds,
             "terms": {name: total.item() for name, total in self._window.items()},
+            "silent": [] if self._silent is None else self._silent.tolist(),
+            "routed": self._routed,
         }
 
     def restore_window(self) -> None:
@@ -287,6 +302,9 @@ class PoolTrainer(Trainer):
             name: torch.tensor(total, dtype=torch.float64, device=self.args.device)
             for name, total in state["terms"].items()
         }
+        if state.get("routed"):
+            self._routed = state["routed"]
+            self._silent = torch.tensor(state["silent"], device=self.args.device)
 
     def check_restored(self) -> None:
         """InputError unless the optimizer and the learning rate are those of the checkpoint."""
