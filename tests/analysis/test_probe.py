@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from unipool import cli
+from unipool.analysis import probe
 from unipool.analysis.collect import Choice, routed_layers, score
 from unipool.analysis.probe import random_routing, run_probe
 from unipool.data.tokenizer import ByteTokenizer
@@ -186,6 +187,28 @@ def test_drops_and_spreads_are_those_of_the_single_evaluations():
 
 
 # --- the draw
+
+
+@pytest.mark.any_device
+def test_each_layer_and_seed_has_a_stream_of_its_own(monkeypatch):
+    """Equal in each call, and so whatever else is probed."""
+    usual, streams = probe.random_routing, []
+
+    def recorded(layer, weights, generator):
+        copy = torch.Generator()
+        copy.set_state(generator.get_state())
+        streams.append((layer.index, tuple(torch.rand(16, generator=copy).tolist())))
+        return usual(layer, weights, generator)
+
+    monkeypatch.setattr(probe, "random_routing", recorded)
+    model, seeds = our_model(num_hidden_layers=3), (0, 1, 2, 3, 100_003)
+    run_probe(model, real_text(128), seeds=seeds)
+    assert [layer for layer, _ in streams] == [n for n in range(3) for _ in seeds]
+    assert len({draws for _, draws in streams}) == 3 * len(seeds)
+    first = list(streams)
+    streams.clear()
+    run_probe(model, real_text(128), layers=[2], seeds=seeds)
+    assert streams == first[2 * len(seeds) :]
 
 
 @pytest.mark.any_device

@@ -285,6 +285,16 @@ def test_shuffle_order_is_fixed_for_good():
     assert [shuffled(i, 10, 7, 2) for i in range(10)] == FIXED_ORDER
 
 
+def test_the_order_hangs_on_seed_and_epoch_and_on_each_in_its_own_way():
+    tokens = np.arange(500, dtype=np.uint16)
+    orders = set()
+    for seed in range(8):
+        blocks = TrainBlocks(tokens, 5, seed=seed, length=800)
+        starts = [int(blocks[i]["input_ids"][0]) for i in range(800)]
+        orders |= {tuple(starts[epoch * 100 : epoch * 100 + 100]) for epoch in range(8)}
+    assert len(orders) == 64
+
+
 FIXED_ORDER = [2, 8, 9, 3, 5, 7, 4, 6, 1, 0]
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from published import CALIBRATION
+from published import CALIBRATION, FLOORED
 
 from unipool import reference
 from unipool.nn import (
@@ -27,6 +27,31 @@ def test_calibration_has_the_published_values(M, k, value):
 @pytest.mark.parametrize(("M", "k"), [(64, 1), (64, 8), (96, 2), (160, 16), (384, 4), (1024, 1)])
 def test_calibration_agrees_with_an_independent_estimate(M, k):
     due = reference.norm_router_calibration(M, k, draws=1 << 14)
+    assert math.isclose(norm_router_calibration(M, k), due, rel_tol=0.006)
+
+
+@pytest.mark.parametrize(("M", "k", "value"), FLOORED)
+def test_calibration_of_small_pools(M, k, value):
+    assert abs(norm_router_calibration(M, k) - value) < 5e-5
+
+
+def test_calibration_of_two_experts_agrees_with_the_integral():
+    """On the circle: a quarter of the angles has two positive coordinates, two have one, and the
+    last, without any, does not count. A norm below 1 / sqrt(2) counts as that."""
+    secant = math.asinh(1.0)  # of 1 / cos over [0, pi / 4]
+    both = {1: 4 / math.pi * secant, 2: 1.0}
+    one = 2 / math.pi * (secant + math.sqrt(2) * math.pi / 4)
+    for k, mean in both.items():
+        due = (mean + 2 * one) / 3
+        assert math.isclose(norm_router_calibration(2, k), due, rel_tol=0.004)
+
+
+@pytest.mark.parametrize(("M", "k"), [(2, 1), (3, 1), (3, 3), (4, 2), (5, 1), (8, 1), (8, 4)])
+def test_calibration_of_small_pools_agrees_with_an_independent_estimate(M, k):
+    g = np.random.default_rng(3).standard_normal((1 << 18, M))
+    g = g[(g > 0).any(1)]
+    norms = np.sort(np.maximum(g, 0), 1)[:, M - k :] / np.sqrt((g**2).sum(1, keepdims=True))
+    due = (1 / np.maximum(np.sqrt((norms**2).sum(1)), M**-0.5)).mean()
     assert math.isclose(norm_router_calibration(M, k), due, rel_tol=0.006)
 
 

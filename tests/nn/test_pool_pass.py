@@ -165,18 +165,6 @@ def test_gradient_scaling_and_clipping(mode):
     torch.testing.assert_close(norms[mode + " after"], norms["autograd after"])
 
 
-@pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj", "both"])
-@pytest.mark.parametrize("mode", MERGED)
-def test_frozen_weights(mode, frozen):
-    model, wanted = Stack(mode), expected()
-    for name, parameter in model.pool.named_parameters():
-        if frozen in (name, "both"):
-            parameter.requires_grad_(False)
-            del wanted[f"pool.{name}"]
-    loss_of(model(inputs())).backward()
-    assert_equal(gradients(model), wanted)
-
-
 def test_no_grad_and_inference_begin_no_pass():
     model = Stack("deferred")
     trained = model(inputs())

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The default window of a pool pass: what a backward may hold before it sums."""
+"""The window of a pool pass: what a backward may hold before it sums."""
 
 import pytest
 import torch
 
-from unipool.nn import ExpertPool, NormRouter, pooled_moe
+from unipool.nn import ExpertPool, NormRouter, SoftmaxRouter, pooled_moe
 from unipool.nn.pool_pass import default_window_bytes
 
 MIB = 2**20
@@ -49,3 +49,35 @@ def test_later_steps_flush_no_more_than_the_first_on_cuda(monkeypatch):
     del held
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 80 * 2**30))
     assert flushes() == 0
+
+
+def run_layers(window: int | None, device: torch.device) -> tuple[list[int], int]:
+    """The bytes that each of six layers leaves with its pass, and how often the pass summed."""
+    torch.manual_seed(0)
+    pool = ExpertPool(4, 16, 24, wgrad_window_bytes=window).to(device)
+    router = SoftmaxRouter(16, 4, 2).to(device)  # no silent slots: layers leave equally much
+    experts = pool.begin_pass()
+    add, left = experts.collector.add, []
+
+    def spy(segment, *rest):
+        left.append(sum(t.nbytes for t in segment))
+        add(segment, *rest)
+
+    experts.collector.add = spy
+    h = torch.randn(40, 16, device=device, requires_grad=True)
+    for _ in range(6):
+        h = h + pooled_moe(h, router, experts)[0]
+    h.square().mean().backward()
+    return left, experts.collector.flushes
+
+
+def test_it_sums_whenever_more_than_the_window_is_held(device):
+    """With room for n layers every (n + 1)-th is one too many; the end sums what is left."""
+    left, flushes = run_layers(None, device)
+    assert (len(left), len(set(left)), flushes) == (6, 1, 0)
+    size = left[0]
+    for window, due in [
+        *((0, 6), (size - 1, 6), (size, 3), (2 * size - 1, 3), (2 * size, 2), (3 * size, 2)),
+        *((5 * size, 1), (6 * size - 1, 1), (6 * size, 0)),
+    ]:
+        assert run_layers(window, device) == (left, due), window

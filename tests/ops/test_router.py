@@ -4,7 +4,7 @@
 import pytest
 import torch
 from cases import CASES, Case, acc_dtype, logits
-from specs import NORM_TOPK, ROUTER_SPECS, SOFTMAX_TOPK, pairs
+from specs import NORM_TOPK, NORM_TOPK_STEERED, ROUTER_SPECS, SOFTMAX_TOPK, pairs, run, to_device
 from suite import ROUTER_SIZES, check_against_oracle
 from tolerance import check_equal
 
@@ -24,6 +24,42 @@ def test_router_adversarial_sizes(spec, T, M, k, dtype, device):
         if k == 1:
             return
     check_against_oracle(spec, Case(f"{T}x{M}x{k}", T, M, k, 1, 1), dtype, device)
+
+
+def dead_rows(case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """Logits of tokens of which two in three have no positive one: silent in norm_topk."""
+    z = logits(case, dtype)
+    dead = torch.arange(case.tokens)[:, None] % 3 > 0
+    return torch.where(dead, -z.abs() - 1 / 128, z)
+
+
+@pytest.mark.parametrize("spec", [NORM_TOPK, NORM_TOPK_STEERED, SOFTMAX_TOPK], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_slot_a_token_and_ids_of_minus_1(spec, masked, dtype, device):
+    """Of silent tokens, and of all where every expert is masked."""
+    case = Case("top1_dropped", 130, 12, 1, 1, 1)
+    inputs = spec.inputs(case, dtype) | {"logits": dead_rows(case, dtype)}
+    if masked:
+        inputs["mask"] = torch.ones(12, dtype=torch.bool)
+    check_against_oracle(spec, case, dtype, device, inputs)
+    got = run(spec, case, ops, to_device(inputs, device))
+    silent = torch.full((130,), masked)
+    if spec is NORM_TOPK:
+        silent |= torch.arange(130) % 3 > 0
+    if spec is not NORM_TOPK_STEERED or masked:  # a bias may choose a silent score
+        assert torch.equal(got["experts"].flatten().eq(-1).cpu(), silent)
+    assert got["load"].sum() == got["experts"].ge(0).sum()
+    assert got["weights"].flatten()[got["experts"].flatten() == -1].eq(0).all()
+
+
+@pytest.mark.parametrize("spec", ROUTER_SPECS, ids=str)
+@pytest.mark.parametrize("T", [1024, 1025, 2050, 4099])
+@pytest.mark.parametrize(("M", "k"), [(6, 2), (33, 3)])
+def test_more_tokens_than_one_block_of_them(spec, T, M, k, dtype, device):
+    """Load and importance are sums over all tokens; a gradient is of each token, the last, too."""
+    case = Case(f"many{T}", T, M, k, 1, 1)
+    inputs = spec.inputs(case, dtype) | {"logits": dead_rows(case, dtype)}
+    check_against_oracle(spec, case, dtype, device, inputs)
 
 
 def route(op: str, z: torch.Tensor, top_k: int, **options: object) -> ops.Routing:
