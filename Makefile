@@ -13,12 +13,14 @@ MAX_SPILL ?= 0
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test bench kernels docs format format-check doctor clean
+.PHONY: help demo test gpu-test sanitize fuzz bench kernels docs format format-check doctor clean
 
 help:
 	@echo "make demo          train and compare three small models (10 minutes on 2 cores)"
 	@echo "make test          run the test suite on the CPU"
 	@echo "make gpu-test      run what is of CUDA on a software GPU (no GPU needed)"
+	@echo "make sanitize      run the op suite and the fuzzer under AddressSanitizer and UBSan"
+	@echo "make fuzz          make 20000 random calls of the ops; ARGS=\"--calls 100000\" more"
 	@echo "make bench         time the ops against PyTorch's own operations"
 	@echo "make kernels       compile the CUDA kernels, list and check what they take"
 	@echo "make docs          build the documentation as a site into build/site"
@@ -76,6 +78,32 @@ gpu-library:
 	  || { cat build/gpu-test/log.txt; exit 1; }
 	@cmake --install build/gpu-test --prefix build/gpu-test/package > build/gpu-test/install.txt
 	@test -e $(VENV)/built || cp build/gpu-test/package/_C*.so unipool/  # knows no torch
+
+# The sanitizers' runtimes come first in an ordinary Python, and libstdc++ with them, whose
+# __cxa_throw they look up before torch has brought it. No leaks are looked for: Python and torch keep
+# much until the end on purpose, and the ops own no memory but by tensors and vectors. Absurd sizes
+# have to fail as they do elsewhere: by an error, not by an abort.
+SANITIZERS := address,undefined
+preloaded = $(shell $(or $(CXX),c++) -print-file-name=$(1))
+SANITIZED := LD_PRELOAD="$(call preloaded,libasan.so) $(call preloaded,libubsan.so) $(call preloaded,libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+  UBSAN_OPTIONS=print_stacktrace=1 UNIPOOL_LIBRARY_DIR=$(CURDIR)/build/sanitize
+SANITIZED_TESTS ?= tests/ops/test_hostile_calls.py tests/ops/test_cpu_products.py \
+  tests/ops/test_dispatch.py tests/ops/test_expert_mlp.py tests/ops/test_grouped_mm.py \
+  tests/ops/test_grouped_wgrad.py tests/ops/test_router.py tests/ops/test_router_logits.py
+SANITIZED_FUZZ ?= --seconds 60
+
+sanitize: $(VENV)/built
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -GNinja --log-level=NOTICE \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DUNIPOOL_CUDA=OFF -DUNIPOOL_SANITIZE=$(SANITIZERS)
+	@echo "building the op library with $(SANITIZERS)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target unipool_cpu --parallel $(JOBS) \
+	  > build/sanitize/log.txt 2>&1 || { cat build/sanitize/log.txt; exit 1; }
+	@$(SANITIZED) $(BIN)/python -m pytest -q -n $(JOBS) -k "not cuda" $(SANITIZED_TESTS)
+	@$(SANITIZED) $(BIN)/python bench/fuzz.py --calls 1000000 $(SANITIZED_FUZZ)
+
+fuzz: $(VENV)/built
+	@$(BIN)/python bench/fuzz.py $(ARGS)
 
 bench: $(VENV)/built
 	@$(BIN)/python bench/bench_ops.py $(ARGS)

@@ -208,6 +208,23 @@ def summary() -> str:
     )
 
 
+def fuzzing() -> str:
+    run = load("fuzz")
+    keys = ["calls", "compared", "refused", "done", "finding"]
+    rows = [
+        [f"`{name}`", *(f"{count[key]:,}" for key in keys)] for name, count in run["ops"].items()
+    ]
+    rows.append(["all", *(f"{run[key]:,}" for key in keys)])
+    full = {"asan": "AddressSanitizer", "ubsan": "UBSan"}
+    under = "".join(f", {full[name]}" for name in run["sanitizers"])
+    command = f"python bench/fuzz.py --calls {run['calls']} --seed {run['seed']}"
+    return (
+        f"`{command}`, on {run['processor']}{under}, torch {run['torch']}, in "
+        f"{run['seconds']:,.0f} s:\n\n"
+        + markdown(["op", "calls", "compared", "refused", "done", "findings"], rows)
+    )
+
+
 def updated(path: Path, texts: dict[str, str]) -> str:
     """The text of `path` with each of `texts` between the marks of its name."""
     page = path.read_text()
@@ -232,6 +249,7 @@ def main() -> None:
         docs / "choosing.md": choosing(load("pool_step_cpu")),
         docs / "cuda-kernels.md": expectations(load("tile_efficiency")),
         docs / "evidence.md": {"figures": evidence(load("evidence"))},
+        docs / "reliability.md": {"fuzz": fuzzing()},
     }
     texts = {path: updated(path, parts) for path, parts in pages.items()}
     page = hardware_table.PAGE.read_text()

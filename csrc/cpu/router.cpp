@@ -141,8 +141,8 @@ std::tuple<at::Tensor, at::Tensor> norm_topk_bwd(const OptionalTensor& grad_weig
                                                  const at::Tensor& experts, double calibration,
                                                  double eps, const OptionalTensor& mask) {
   UNIPOOL_NVTX_RANGE("norm_topk_bwd");
-  const auto shape =
-      check_norm_topk_bwd(grad_weights, grad_importance, logits, scale, experts, eps, mask);
+  const auto shape = check_norm_topk_bwd(grad_weights, grad_importance, logits, scale, experts,
+                                         calibration, eps, mask);
   return for_dtype(logits.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;

@@ -71,7 +71,7 @@ std::tuple<at::Tensor, at::Tensor> norm_topk_bwd(const OptionalTensor& grad_weig
                                                  const at::Tensor& experts_in, double calibration,
                                                  double eps, const OptionalTensor& mask_in) {
   const auto shape = check_norm_topk_bwd(grad_weights_in, grad_importance_in, logits_in, scale,
-                                         experts_in, eps, mask_in);
+                                         experts_in, calibration, eps, mask_in);
   LaunchScope scope(logits_in);
   UNIPOOL_NVTX_RANGE("norm_topk_bwd");
   const auto logits = logits_in.contiguous(), experts = experts_in.contiguous();

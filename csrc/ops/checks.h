@@ -54,8 +54,8 @@ RouterShape check_softmax_topk(const at::Tensor& logits, int64_t top_k, bool ren
                                const OptionalTensor& bias, const OptionalTensor& mask);
 RouterShape check_norm_topk_bwd(const OptionalTensor& grad_weights,
                                 const OptionalTensor& grad_importance, const at::Tensor& logits,
-                                const at::Tensor& scale, const at::Tensor& experts, double eps,
-                                const OptionalTensor& mask);
+                                const at::Tensor& scale, const at::Tensor& experts,
+                                double calibration, double eps, const OptionalTensor& mask);
 RouterShape check_softmax_topk_bwd(const OptionalTensor& grad_weights,
                                    const OptionalTensor& grad_importance, const at::Tensor& logits,
                                    const at::Tensor& experts, bool renormalize,

@@ -35,13 +35,15 @@ RouterShape check_logits(const Checker& check, const at::Tensor& logits, int64_t
 }
 
 void check_scale(const Checker& check, const at::Tensor& logits, const at::Tensor& scale,
-                 double eps) {
+                 double calibration, double eps) {
   TORCH_CHECK_VALUE(scale.numel() == 1, check.op(), ": scale must have one element, got ",
                     scale.sizes());
   check.dtype("scale", scale, acc_type(logits.scalar_type()));
   check.same_device("scale", scale, "logits", logits);
   TORCH_CHECK_VALUE(eps > 0 && eps <= std::numeric_limits<double>::max(), check.op(),
                     ": eps must be positive and finite, got ", eps);
+  TORCH_CHECK_VALUE(calibration > 0 && calibration <= std::numeric_limits<double>::max(),
+                    check.op(), ": calibration must be positive and finite, got ", calibration);
 }
 
 RouterShape check_router_bwd(const Checker& check, const OptionalTensor& grad_weights,
@@ -73,9 +75,7 @@ RouterShape check_norm_topk(const at::Tensor& logits, const at::Tensor& scale, i
                             const OptionalTensor& mask) {
   const Checker check("norm_topk");
   const auto shape = check_logits(check, logits, top_k, bias, mask);
-  check_scale(check, logits, scale, eps);
-  TORCH_CHECK_VALUE(calibration > 0 && calibration <= std::numeric_limits<double>::max(),
-                    "norm_topk: calibration must be positive and finite, got ", calibration);
+  check_scale(check, logits, scale, calibration, eps);
   return shape;
 }
 
@@ -90,11 +90,11 @@ RouterShape check_softmax_topk(const at::Tensor& logits, int64_t top_k, bool ren
 
 RouterShape check_norm_topk_bwd(const OptionalTensor& grad_weights,
                                 const OptionalTensor& grad_importance, const at::Tensor& logits,
-                                const at::Tensor& scale, const at::Tensor& experts, double eps,
-                                const OptionalTensor& mask) {
+                                const at::Tensor& scale, const at::Tensor& experts,
+                                double calibration, double eps, const OptionalTensor& mask) {
   const Checker check("norm_topk_bwd");
   const auto shape = check_router_bwd(check, grad_weights, grad_importance, logits, experts, mask);
-  check_scale(check, logits, scale, eps);
+  check_scale(check, logits, scale, calibration, eps);
   return shape;
 }
 

@@ -337,6 +337,7 @@ SPECIFIC = [
     ("expert_mlp", "experts", lambda e: e[:, :0], "experts|weights|inverse"),
     # raw backward ops
     ("norm_topk_bwd", "eps", value(-1.0)),
+    *[("norm_topk_bwd", "calibration", value(c)) for c in (math.nan, math.inf, 0.0, -1.0)],
     ("norm_topk_bwd", "grad_weights", wider, "grad_weights|experts"),
     ("softmax_topk_bwd", "grad_weights", wider, "grad_weights|experts"),
     ("unpermute_bwd", "order", put(0, ROWS)),
