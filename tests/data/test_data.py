@@ -93,7 +93,7 @@ def test_text_jsonl_and_folders(tmp_path):
         ("type.jsonl", b'{"text": 3}\n', r"type\.jsonl:1 field 'text' must be a string, got int"),
         ("bytes.jsonl", b'{"text": "a"}\n"\xff"\n', r"bytes\.jsonl:2 is not UTF-8"),
         ("half.jsonl", b'{"text": "\\ud800"}\n', r"half\.jsonl:1 .* not valid Unicode"),
-        ("blank.jsonl", b"\n\n", r"blank\.jsonl has no line with text in field 'text'"),
+        ("blank.jsonl", b"\n\n", r"blank\.jsonl has no row with text in field 'text'"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path, cache, name, content, message):

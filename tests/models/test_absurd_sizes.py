@@ -39,7 +39,7 @@ SIZES += ["num_attention_heads", "num_key_value_heads", "head_dim", "num_pools"]
 @pytest.mark.parametrize("size", HUGE[1:], ids=lambda n: f"{float(n):g}")
 @pytest.mark.parametrize("name", [*SIZES, "num_experts_per_tok", "router_state_size"])
 def test_configurations(name, size):
-    with pytest.raises(ValueError, match=r"UniPoolConfig: \w+ must be .*got 1|2\*\*44") as caught:
+    with pytest.raises(ValueError, match=r"UniPoolConfig: \w+ must be .*got \d|2\*\*44") as caught:
         UniPoolConfig(**{"router": "recurrent", name: size})
     assert "\n" not in str(caught.value)
 
@@ -49,7 +49,7 @@ def test_layers_and_experts_have_a_limit_of_their_own():
         UniPoolConfig(num_hidden_layers=10**7)
     with pytest.raises(ValueError, match="num_experts must be at most 65536, got 1000000000"):
         UniPoolConfig(num_experts=10**9)
-    with pytest.raises(ValueError, match=r"at most 2\*\*44 parameters, got 1.2"):
+    with pytest.raises(ValueError, match=r"at most 2\*\*44 parameters, got 1.9e\+15"):
         UniPoolConfig(num_hidden_layers=4096, num_pools=4096, num_experts=65536)
     with pytest.raises(ValueError, match="an integer of 33220 bits"):
         UniPoolConfig(hidden_size=10**10000)

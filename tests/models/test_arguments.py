@@ -8,10 +8,10 @@ import torch
 from small_models import make_ids, make_model
 
 pytest.importorskip("transformers")
-from transformers import DynamicCache, LlamaForCausalLM, LlamaModel  # noqa: E402
+from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 
-from unipool.models import UniPoolForCausalLM, UniPoolModel  # noqa: E402
-from unipool.models.arguments import CACHE  # noqa: E402
+from unipool.models import UniPoolForCausalLM, UniPoolModel
+from unipool.models.arguments import CACHE
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -73,7 +73,7 @@ def test_an_unknown_argument_is_refused(name):
 @pytest.mark.any_device
 def test_router_logits_are_refused_by_name():
     model, ids = make_model(), make_ids(1, 4)
-    with pytest.raises(TypeError, match="output.routings has each layer's"):
+    with pytest.raises(TypeError, match=r"output\.routings has each layer's"):
         model(ids, output_router_logits=True)
     model(ids, output_router_logits=False)
 

@@ -363,8 +363,8 @@ def test_command_converts_there_and_back(tmp_path, capsys):
 def test_command_refuses_in_one_line(tmp_path, capsys):
     pytest.importorskip("typer")
     make_model(num_pools=1).save_pretrained(tmp_path / "one")
-    OlmoeConfig().save_pretrained(tmp_path / "olmoe")
-    (tmp_path / "olmoe" / "model.safetensors").touch()
+    OlmoeConfig(vocab_size=64, hidden_size=16).save_pretrained(tmp_path / "olmoe")
+    (tmp_path / "olmoe" / "model.safetensors").write_bytes(bytes(1 << 20))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, message in [

@@ -26,7 +26,7 @@ def folder(tmp_path):
 def writers(folder, out):
     return {
         "convert": ["convert", str(folder), str(out), "--to=private", "--untie"],
-        "resize": ["resize", str(folder), str(out), "--experts=6"],
+        "resize": ["resize", str(folder), str(out), "--experts=6", "--add=init"],
     }
 
 

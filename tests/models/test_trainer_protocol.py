@@ -10,9 +10,9 @@ from small_models import make_ids, make_model
 from torch.nn import functional as F
 
 pytest.importorskip("transformers")
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from unipool.models import AddsBalanceLoss, BalanceLossWarning  # noqa: E402
+from unipool.models import AddsBalanceLoss, BalanceLossWarning
 
 pytestmark = [
     pytest.mark.any_device,

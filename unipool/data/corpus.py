@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents to train on: text files, JSON Lines files, or the standard library's own source."""
+"""Documents to train on: text files, files of rows, or the standard library's own source."""
 
 import os
 import sysconfig
@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from unipool.data import formats
 from unipool.errors import InputError
-from unipool.json_files import parse_json
 
-_JSONL = {".jsonl", ".ndjson"}
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -44,9 +43,11 @@ def stdlib_documents(root: Path | None = None) -> Iterator[Document]:
 
 
 def path_documents(paths: list[Path], field: str = "text") -> Iterator[Document]:
-    """Documents of text files, of JSON Lines files (`field` of each line), and of folders of them.
+    """Documents of text files, of rows (`field` of each), and of folders of such files.
 
-    Folders are read recursively in name order; hidden and empty files in them are passed over.
+    Rows are in .jsonl, .ndjson, .json (a list, lines, or one object), .csv and .tsv. In a folder a
+    .json, .csv or .tsv file without such a field is a text like any other. Folders are read
+    recursively in name order; hidden and empty files in them are passed over.
     Raises InputError, naming the file (and line), for anything that is missing, empty or not text.
     """
     for path in paths:
@@ -56,13 +57,13 @@ def path_documents(paths: list[Path], field: str = "text") -> Iterator[Document]
             if not files:
                 raise InputError(f"data: folder {path} holds no file with text")
             for file in files:
-                yield from _file_documents(file, field)
+                yield from _file_documents(file, field, named=False)
         elif not path.exists():
             raise InputError(f"data: {path} does not exist")
         elif path.is_file() and _size(path) == 0:
             raise InputError(f"data: {path} is empty")
         else:
-            yield from _file_documents(path, field)
+            yield from _file_documents(path, field, named=True)
 
 
 def _walk(root: Path, skip: frozenset[str] | set[str] = frozenset()) -> Iterator[Path]:
@@ -80,55 +81,30 @@ def _size(path: Path) -> int:
         raise InputError(f"data: cannot read {path}: {error.strerror}") from error
 
 
-def _file_documents(path: Path, field: str) -> Iterator[Document]:
+def _file_documents(path: Path, field: str, named: bool) -> Iterator[Document]:
+    """named: by the user, and not met in a folder."""
+    suffix = path.suffix.lower()
     try:
-        if path.suffix.lower() in _JSONL:
-            yield from _jsonl_documents(path, field)
+        if suffix in formats.JSON_LINES:
+            yield from _row_documents(path, field, formats.json_lines(path, field))
+            return
+        data = path.read_bytes()
+        rows = formats.table if suffix in formats.TABLES else formats.json_file
+        in_rows = suffix in formats.TABLES or suffix == ".json"
+        if in_rows and (named or formats.holds_rows(path, data, field)):
+            yield from _row_documents(path, field, rows(path, data, field))
         else:
-            text = path.read_bytes()
-            _check_utf8(text, str(path))
-            yield Document(str(path), text.removeprefix(b"\xef\xbb\xbf"))
+            formats.check_text(data, str(path))
+            yield Document(str(path), data.removeprefix(b"\xef\xbb\xbf"))
     except OSError as error:
         raise InputError(f"data: cannot read {path}: {error.strerror}") from error
 
 
-def _jsonl_documents(path: Path, field: str) -> Iterator[Document]:
+def _row_documents(path: Path, field: str, rows: Iterator[tuple[str, bytes]]) -> Iterator[Document]:
     found = False
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            _check_utf8(line, where)
-            if not line.strip():
-                continue
-            text = _jsonl_text(line, where, field)
-            if text:
-                found = True
-                yield Document(where, text)
+    for where, text in rows:
+        if text:
+            found = True
+            yield Document(where, text)
     if not found:
-        raise InputError(f"data: {path} has no line with text in field {field!r}")
-
-
-def _jsonl_text(line: bytes, where: str, field: str) -> bytes:
-    try:
-        row = parse_json(line.decode("utf-8"), ours=False)
-    except ValueError as error:
-        raise InputError(f"data: {where} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"data: {where} must be a JSON object, got {type(row).__name__}")
-    if field not in row:
-        names = ", ".join(list(row)[:8]) or "none"
-        raise InputError(f"data: {where} has no field {field!r} (fields: {names}); see --field")
-    if not isinstance(row[field], str):
-        got = type(row[field]).__name__
-        raise InputError(f"data: {where} field {field!r} must be a string, got {got}")
-    try:
-        return row[field].encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"data: {where} field {field!r} is not valid Unicode: {error}") from error
-
-
-def _check_utf8(text: bytes, where: str) -> None:
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"data: {where} is not UTF-8 text (byte {error.start})") from error
+        raise InputError(f"data: {path} has no row with text in field {field!r}")

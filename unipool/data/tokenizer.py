@@ -52,8 +52,9 @@ class HuggingFaceTokenizer:
         self._tokenizer = load_hugging_face(self.folder, trust_remote_code)
         self._tokenizer.model_max_length = int(1e30)  # documents are cut into sequences later
         eos = self._tokenizer.eos_token_id
-        self.separator = len(self._tokenizer) if eos is None else eos
-        self.vocab_size = padded_vocab_size(max(len(self._tokenizer), self.separator + 1))
+        end = max(used_ids(self._tokenizer), default=-1) + 1
+        self.separator = end if eos is None else eos
+        self.vocab_size = padded_vocab_size(max(end, self.separator + 1))
         self.fingerprint = _folder_hash(self.folder)
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -80,6 +81,11 @@ def load_hugging_face(folder: Path, trust_remote_code: bool = False):
         return AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # transformers raises many kinds for an unusable folder
         raise InputError(f"tokenizer: cannot load {folder}: {first_line(error)}") from error
+
+
+def used_ids(tokenizer) -> set[int]:
+    """Ids that a Hugging Face tokenizer may give. They may have gaps: len() is no bound of them."""
+    return {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
 
 
 def load_tokenizer(folder: Path | None) -> ByteTokenizer | HuggingFaceTokenizer:

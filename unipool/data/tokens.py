@@ -187,11 +187,22 @@ def _write_tokens(folder, documents, tokenizer, held_out, key: str, fraction: fl
         for batch in _batches(_splits(documents, held_out, fraction)):
             encoded = tokenizer.encode([text for _, text in batch])
             for (split, text), ids in zip(batch, encoded, strict=True):
-                files[split].write(np.append(ids, tokenizer.separator).astype(dtype).tobytes())
+                ids = np.append(ids, tokenizer.separator)
+                _check_ids(ids, tokenizer.vocab_size)
+                files[split].write(ids.astype(dtype).tobytes())
                 meta[f"{split}_bytes"] += len(text)
-                meta[f"{split}_tokens"] += len(ids) + 1
+                meta[f"{split}_tokens"] += len(ids)
                 meta[f"{split}_documents"] += 1
         (staging / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """InputError for ids that the vocabulary has not: narrowed, they would be those of others."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"tokenizer: it must give ids in [0, {vocab_size}), got {low if low < 0 else high}"
+        )
 
 
 def _open_tokens(folder: Path, key: str, tokenizer) -> TokenData | None:

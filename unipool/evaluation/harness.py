@@ -15,7 +15,7 @@ import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from unipool.data.tokenizer import SEPARATOR
+from unipool.data.tokenizer import SEPARATOR, used_ids
 from unipool.errors import InputError
 from unipool.evaluation.tasks import VERSION
 
@@ -103,14 +103,15 @@ class HarnessModel(HFLM):
     ):
         vocab_size = model.config.get_text_config().vocab_size
         _settle_end_token(tokenizer, model.config.eos_token_id)
-        if len(tokenizer) > vocab_size:
+        used = used_ids(tokenizer)
+        if max(used, default=-1) >= vocab_size:
             raise InputError(
-                f"model: its tokenizer has {len(tokenizer)} tokens, more than the model's "
+                f"model: its tokenizer has ids up to {max(used)}, past the model's "
                 f"vocab_size={vocab_size}"
             )
         tokenizer.model_max_length = int(1e30)  # requests are cut to max_length, and counted
-        # Ids past the tokenizer's only pad the output layer: they mean nothing.
-        unused = list(range(len(tokenizer), vocab_size))
+        # Ids that the tokenizer has not only pad the output layer: they mean nothing.
+        unused = sorted({*range(vocab_size)} - used)
         model.generation_config.suppress_tokens = unused or None
         super().__init__(
             pretrained=model,
@@ -167,7 +168,9 @@ def _settle_end_token(tokenizer, model_id: int | list[int] | None) -> None:
         return
     if isinstance(model_id, int) and 0 <= model_id < len(tokenizer):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model_id)
-    elif model_id == len(tokenizer):  # so `unipool train` separates documents with such a tokenizer
+    elif model_id == len(tokenizer) and model_id not in used_ids(
+        tokenizer
+    ):  # so `unipool train` separates documents with such a tokenizer
         tokenizer.add_special_tokens({"eos_token": SEPARATOR})
     else:
         raise InputError(

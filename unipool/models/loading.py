@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 import unipool.models  # noqa: F401  (registers UniPool with the Auto classes)
 from unipool.checkpoints import find_model
-from unipool.data.tokenizer import load_hugging_face
+from unipool.data.tokenizer import load_hugging_face, used_ids
 from unipool.errors import InputError, first_line
 from unipool.model_folder import CONFIG, check_model_folder
 from unipool.models.memory import check_weights_hold
@@ -39,12 +39,14 @@ def load_model(path: Path, device: str = "cpu", trust_remote_code: bool = False)
         raise InputError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
     tokenizer = load_hugging_face(folder, trust_remote_code)
     _check_vocabulary(model, tokenizer, folder)
+    if device == "cpu" and model.dtype == torch.float16:
+        model = model.float()  # which holds every float16; our ops on the CPU take none
     return model.to(device).eval(), tokenizer
 
 
 def _check_vocabulary(model, tokenizer, folder: Path) -> None:
     """InputError for a tokenizer with an id that the model has no embedding of."""
-    largest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+    largest = max(used_ids(tokenizer), default=-1)
     embedded = model.get_input_embeddings().num_embeddings
     if largest >= embedded:
         raise InputError(

@@ -20,7 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
-    LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
@@ -119,9 +118,7 @@ class UniPoolPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["UniPoolDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = (
-        LlamaPreTrainedModel._skip_keys_device_placement
-    )
+    _skip_keys_device_placement: ClassVar[list[str]] = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -346,7 +343,7 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
             lm_loss=lm_loss,
             aux_loss=aux_loss,
             routings=outputs.routings,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: outputs.get(CACHE)},
         )
 
 
