@@ -103,7 +103,7 @@ def verdict(step: Step, code: int | None, limit: float, log: str) -> tuple[str, 
         for reason in (line for line in log.splitlines() if any(sign in line for sign in NO_TOOL)):
             return "not run", f"does not work here: {reason.strip()[:100]}"
     if code is None:
-        return "stopped", f"after {limit:.0f} s; {detail}"
+        return "stopped", f"after {limit:.0f} s" + (f"; {detail}" if detail else "")
     if step.ours_only and code == SANITIZER_ERROR and not OUR_KERNEL.search(log):
         return "passed", f"none in a kernel of unipool; {detail}"
     if code != 0:

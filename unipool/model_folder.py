@@ -6,6 +6,7 @@ files elsewhere; none of that is followed unless the caller said so. Standard li
 """
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ _OTHERS = (GENERATION, "special_tokens_map.json", "added_tokens.json")
 _CUSTOM_GENERATE = Path("custom_generate", "generate.py")
 _BRANCHES = ("num_beams", "num_beam_groups", "num_return_sequences")
 _MOST_BRANCHES = 64
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # Sizes of a model: every model has at least one weight for each pair of these that it names.
 _SIZES = ("vocab_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 _SIZES += ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
@@ -124,6 +126,12 @@ def _check_generation(path: Path) -> None:
         value = values.get(name)
         if value is not None and not (type(value) is int and 1 <= value <= _MOST_BRANCHES):
             raise InputError(f"model: {name} in {path} must be in [1, {_MOST_BRANCHES}]")
+    for name in _TOKENS:
+        value = values.get(name)
+        if not all(
+            type(one) is int for one in (value if isinstance(value, list) else [value or 0])
+        ):
+            raise InputError(f"model: {name} in {path} must be an id or a list of ids")
 
 
 def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
@@ -148,6 +156,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold names and values, got {type(values).__name__}")
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path} must hold valid Unicode: {error.reason}") from error
     return values
 
 

@@ -266,7 +266,7 @@ def test_bad_checkpoints_are_one_line(tmp_path, capsys, run, text):
     step = latest_checkpoint(copy / "checkpoints")
     (step / MANIFEST).unlink()
     assert f"{MANIFEST} is missing" in refused_on_device(capsys, "probe", step)
-    for size, message in ((256, "below the model's vocab_size=256"), (320, "has no MoE layer")):
+    for size, message in ((256, "embeddings of the ids below 256"), (320, "has no MoE layer")):
         dense(vocab_size=size).save_pretrained(tmp_path / "dense")
         ByteTokenizer().hugging_face().save_pretrained(tmp_path / "dense")
         assert message in refused_on_device(capsys, "probe", tmp_path / "dense", "--data", text)

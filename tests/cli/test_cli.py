@@ -135,7 +135,8 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, text, numb
     saved = latest_checkpoint(out / "checkpoints")
     step = int(re.search(r"stopped after step (\d+)", output).group(1))
     assert saved.name == f"step-{step}"
-    resume = output.replace("\n", "").split("go on with: unipool ")[1].split()
+    line = re.search(r"go on with: .*?(train --resume.*)", output.replace("\n", ""))
+    resume = line.group(1).split()
     assert resume[:3] == ["train", "--resume", "--out"]
     assert cli.main([*resume, "--steps", str(step + 1)]) == 0
     assert (out / "model" / "model.safetensors").is_file()

@@ -2,6 +2,7 @@
 """Names, paths and texts of others on a terminal and in pages: shown, never acted on."""
 
 import ast
+import importlib
 import io
 import re
 import sys
@@ -109,7 +110,7 @@ def test_errors_are_one_line_of_plain_text(capsys, command):
 
 def test_a_run_in_a_folder_named_like_markup_ends_well(tmp_path, capsys):
     folder = tmp_path / "[/bold] \x1b[2J[link=x]"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "text.txt").write_text("the cold river under a green stone\n" * 300)
     options = ["--d-model=32", "--d-ff=32", "--layers=2", "--heads=2", "--pool-size=4"]
     options += ["--seq-len=32", "--batch-size=2", "--steps=2", "--eval-tokens=64", "--device=cpu"]
@@ -128,7 +129,8 @@ def test_a_run_in_a_folder_named_like_markup_ends_well(tmp_path, capsys):
 
 def test_what_a_model_writes_cannot_move_the_cursor(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda *_: f"two\nlines{EVIL}")
-    monkeypatch.setattr("unipool.cli.generate.find_model", lambda *_: None)
+    module = importlib.import_module("unipool.cli.generate")  # the package has a function so named
+    monkeypatch.setattr(module, "find_model", lambda *_: None)
     assert cli.main(["generate", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed == printable(f"two\nlines{EVIL}", lines=True) + "\n"
@@ -138,7 +140,7 @@ def test_a_sweep_of_texts_named_like_markup_is_reported(tmp_path, capsys, monkey
     baseline = Baseline.of("tiny")
     variants = with_baselines(grid(baseline, Axes()), baseline)
     sweep = Sweep("tiny", tuple(variants), (0,), training("tiny") | {"data": (EVIL,)})
-    monkeypatch.setattr(summary, "outcome", lambda _: Outcome(1.0, 1.0, 1.0, [[1, 1.0]]))
+    monkeypatch.setattr(summary, "known_outcome", lambda _: Outcome(1.0, 1.0, 1.0, [[1, 1.0]]))
     monkeypatch.setattr(summary, "failure", lambda _: EVIL)
     results = summary.summarize(sweep, sweep.members(tmp_path))
     results["variants"][0]["runs"][0] |= {"status": "failed", "reason": EVIL}

@@ -96,7 +96,7 @@ def test_jobs_run_at_a_time_and_divide_the_cores(tmp_path, monkeypatch, jobs):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "seed-0").write_text("a file")
-    with pytest.raises(TrainingError, match=r"cannot write .*seed-0: File exists"):
+    with pytest.raises(TrainingError, match=r"cannot write .*seed-0: Not a directory"):
         run_members(fake_members(tmp_path, 1), 1, report.Console(quiet=True))
 
 
@@ -137,7 +137,7 @@ def test_statistics_leave_out_what_is_missing(tmp_path, monkeypatch):
         loss = losses.get((member.variant.router, member.config.seed))
         return None if loss is None else Outcome(loss, loss, 1.0, [])
 
-    monkeypatch.setattr(summary, "outcome", outcome)
+    monkeypatch.setattr(summary, "known_outcome", outcome)
     entries = summary.summarize(sweep, sweep.members(tmp_path))["variants"]
     assert entries[0]["val_loss"] == {"mean": 3.0, "std": pytest.approx(2**0.5), "n": 2}
     assert entries[1]["val_loss"] == {"mean": 2.0, "std": pytest.approx(2**0.5), "n": 2}
@@ -154,7 +154,7 @@ def test_figures_show_axes_with_three_values_or_more(tmp_path, monkeypatch):
         loss = member.variant.pool_size / 16 + member.config.seed
         return Outcome(loss, loss, 1.0, [[10, loss + 1], [20, loss]])
 
-    monkeypatch.setattr(summary, "outcome", outcome)
+    monkeypatch.setattr(summary, "known_outcome", outcome)
     results = summary.summarize(sweep, sweep.members(tmp_path))
     drawn = figures.sweep_figures(results)
     assert list(drawn) == ["differences", "pools", "pool-size", "loss"]
@@ -211,7 +211,7 @@ def test_a_folder_in_use_is_refused(tmp_path, capsys, sweep):
     assert "is not empty and holds no sweep" in other
     (tmp_path / "sweep.json").write_text('{"scale": "tiny"}')
     resumed = refusal(capsys, "compare", "--resume", "--out", tmp_path)
-    assert "sweep.json is not a sweep" in resumed
+    assert "sweep.json is damaged" in resumed
 
 
 def test_sizes_are_numbers_or_parts():

@@ -156,7 +156,9 @@ def test_model_starts_with_its_own_spread():
         elif "bias" in name:
             assert (parameter == 0).all(), name
         else:
-            assert parameter.std().item() == pytest.approx(0.01, rel=0.1), name
+            assert parameter.std().item() == pytest.approx(
+                model.config.initializer_range, rel=0.1
+            ), name
 
 
 @pytest.mark.any_device

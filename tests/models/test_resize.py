@@ -230,7 +230,7 @@ def test_a_resized_model_is_saved_and_loads(tmp_path):
     [
         ({"num_experts": 6}, "num_experts must be a positive integer other than M=6, got 6"),
         ({"num_experts": 0}, "num_experts must be a positive integer"),
-        ({"num_experts": 1}, "at least k=2 experts, got 1 in layer 0"),
+        ({"num_experts": 1}, r"num_experts_per_tok must be in \[1, 1\]"),
         ({"num_experts": 8, "add": "clone"}, "add must be one of .*'clone'"),
         ({"num_experts": 8, "add": "init", "show": "split"}, "show must be one of .*'split'"),
         ({"num_experts": 8, "add": "init", "experts": [1, 2]}, "experts must be None"),

@@ -83,7 +83,7 @@ def test_disk_errors_keep_the_last_checkpoint(config, monkeypatch, error):
     usual = torch.save
 
     def failing(value, path, *args, **kwargs):
-        if "step-6" in str(path) and str(path).endswith("optimizer.pt"):
+        if "checkpoint-6" in str(path) and str(path).endswith("optimizer.pt"):
             Path(path).write_bytes(b"half")
             raise error
         return usual(value, path, *args, **kwargs)
@@ -170,7 +170,7 @@ def test_resume_refuses_other_text_and_other_options(config, text, tmp_path):
         ({"layers": 2, "num_pools": 3}, r"num_pools must be in \[1, num_hidden_layers=2\], got 3"),
         ({"top_k": 5, "pool_size": 4}, r"num_experts_per_tok must be in \[1, 4\]"),
         ({"d_model": 33, "heads": 2}, r"hidden_size must be a multiple"),
-        ({"scale": "1b"}, r"name must be one of"),
+        ({"scale": "1b"}, r"--scale must be one of"),
         ({"form": "dense", "router": "norm"}, r"--router has no meaning with --form dense"),
     ],
 )

@@ -95,6 +95,13 @@ def failure(member: Member) -> str | None:
         return None
 
 
+def _keep_reason(member: Member, reason: InputError) -> None:
+    try:
+        write_text(member.folder / _ERROR, f"{reason}\n")
+    except OSError as error:
+        raise TrainingError(f"cannot write {member.folder}: {error.strerror}") from reason
+
+
 def _last_line(path: Path) -> str:
     """Of a text that may be long or damaged; nothing if it is empty."""
     with open(path, "rb") as file:
@@ -116,7 +123,7 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
             if outcome(member) is None:
                 queue.append(member)
         except InputError as error:  # to train it again would lose what is there
-            write_text(member.folder / _ERROR, f"{error}\n")
+            _keep_reason(member, error)
             damaged.append(f"{member.title}: failed: {error}")
 
     def tell(line: str) -> None:
@@ -138,7 +145,7 @@ def run_members(members: list[Member], jobs: int, console: Console) -> int | Non
                         tell(f"{member.title}: begun, see {member.folder / _LOG}")
                     except InputError as error:
                         done += 1
-                        write_text(member.folder / _ERROR, f"{error}\n")
+                        _keep_reason(member, error)
                         tell(f"[{done}/{len(members)}] {member.title}: failed: {error}")
                 time.sleep(_POLL)
                 for member, child in list(running.items()):

@@ -160,6 +160,8 @@ def _load_optimizer(model: UniPoolForCausalLM, folder: Path) -> torch.optim.Opti
 def _read_load(path: Path) -> torch.Tensor:
     try:
         values = read_json(path)
+        if not values:
+            raise ValueError("it is empty")
         schema.check(values, list[_Load] | list[list[_Load]])
         return torch.tensor(values, dtype=torch.float64)
     except ValueError as error:
