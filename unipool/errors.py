@@ -12,5 +12,9 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+class CommandInterrupted(Exception):  # noqa: N818  (no error of anybody's)
+    """A command that Ctrl-C ended; the text says what became of its work."""
+
+
 class TrainingError(RuntimeError):
     """A run had to stop: non-finite loss or gradient, or a checkpoint that could not be written."""

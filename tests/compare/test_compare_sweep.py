@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real sweep: its losses, figures and page, and going on after a stop."""
 
-import shutil
 import re
+import shutil
 import signal
 import subprocess
 import sys

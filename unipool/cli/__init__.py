@@ -21,7 +21,7 @@ except ImportError:  # the extra `train` is not installed: `main` says so
 
 import unipool
 from unipool import doctor as _doctor
-from unipool.errors import InputError, TrainingError
+from unipool.errors import CommandInterrupted, InputError, TrainingError
 from unipool.options import nearest
 from unipool.terminal import printable
 
@@ -52,10 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         hint = "" if "pip install" in str(error) else f"; try {_EXTRA}"
         return _fail(f"{str(error).splitlines()[0]}{hint} (see `unipool doctor`)", code=1)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        cause = error if isinstance(error, KeyboardInterrupt) else error.__cause__
-        return _fail(str(cause or "") or "interrupted", code=130)
-    except BrokenPipeError:  # whoever read our output has enough
+    except (CommandInterrupted, KeyboardInterrupt, typer.Abort) as error:
+        return _fail(str(error) or "interrupted", code=130)
+    except (BrokenPipeError, SystemExit):  # the parser exits for this only: our reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unipool.errors import InputError
+from unipool.errors import CommandInterrupted, InputError
 from unipool.options import Field, known_options, read_options
 
 # Of the command line alone: a file does not decide that code is run.
@@ -41,7 +41,10 @@ def command(config: type) -> Callable[[Callable], Callable]:
                 if ctx.get_parameter_source(name).name == "COMMANDLINE":
                     given[name] = field.convert(value)
             _check_complete(given, known)
-            function(_full_paths(given, known), **values)
+            try:
+                function(_full_paths(given, known), **values)
+            except KeyboardInterrupt as error:  # of which typer keeps the exit code alone
+                raise CommandInterrupted(str(error)) from error
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = _signature(list(known.values()), own)
