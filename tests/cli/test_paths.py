@@ -67,7 +67,6 @@ def test_text_and_results_may_lie_there(odd, tmp_path, capsys, monkeypatch):
     "command",
     [
         ["train", "TEXT", "--out=ODD/run", *SMALL],
-        ["train", "TEXT", "--out=OUT", "--tokenizer=ODD/model", *SMALL],
         ["compare", "TEXT", "--out=ODD/sweep", "--pools=1", *SMALL[6:]],
         ["demo", "--out=ODD/demo", "--steps=1"],
         ["generate", "ODD/model"],
