@@ -128,9 +128,8 @@ def _check_generation(path: Path) -> None:
             raise InputError(f"model: {name} in {path} must be in [1, {_MOST_BRANCHES}]")
     for name in _TOKENS:
         value = values.get(name)
-        if not all(
-            type(one) is int for one in (value if isinstance(value, list) else [value or 0])
-        ):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is int for one in ids):
             raise InputError(f"model: {name} in {path} must be an id or a list of ids")
 
 
