@@ -14,7 +14,6 @@ name) are called as well. --json writes the counts.
 import argparse
 import importlib.util
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -31,6 +30,7 @@ if __name__ == "__main__":  # as a script the package beside is found where it i
 
 import fuzz_calls
 from fuzz_calls import FindingError, Target, run_call
+from harness import processor
 
 HANG = 120  # seconds after which a call counts as one that never returns
 MEMORY = 16 * 2**30  # bytes of address space of a process; the absurd sizes are refused by it
@@ -73,6 +73,7 @@ def make_calls(o: argparse.Namespace, targets: dict[str, Target], names: list[st
         for index in range(o.first, o.calls):
             name, seed = call_at(names, o.seed, index)
             journal.write(f"{index}\t{name}\t{seed}\t")
+            journal.flush()  # what kills the process leaves this behind
             try:
                 outcome, text = run_call(targets[name], seed), ""
             except FindingError as finding:
@@ -153,12 +154,6 @@ def fuzz(o: argparse.Namespace) -> tuple[list[list[str]], list[str]]:
             repeat = repeat_command(o, name, seed)
             findings.append(f"{name}, seed {seed}: {json.loads(text)}\n    {repeat}")
     return done, findings
-
-
-def processor() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(": ")[1] for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def report(o: argparse.Namespace, done: list, findings: list[str], seconds: float) -> None:

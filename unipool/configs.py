@@ -80,12 +80,12 @@ class CompareConfig(_Checked):
     data: Annotated[
         tuple[str, ...],
         Option(
-            "text or .jsonl file, or a folder; repeatable [Python's own source]",
+            "text, .jsonl, .json, .csv or .tsv file, or a folder; repeatable [Python's own source]",
             _TRAINING,
             path="read",
         ),
     ] = ()
-    field: Annotated[str, Option("field of a .jsonl row", _TRAINING)] = "text"
+    field: Annotated[str, Option("field of a row, or column", _TRAINING)] = "text"
     tokenizer: Annotated[
         str | None, Option("Hugging Face tokenizer folder [bytes]", _TRAINING, path="read")
     ] = None
@@ -174,7 +174,7 @@ class EvalConfig(_Checked):
 
 _CHECKPOINT = Option("run, checkpoint of one, or Hugging Face MoE model folder", argument=True)
 _TEXT = Option("text to look at; repeatable [what the run of the checkpoint held out]")
-_TEXT_FIELD = Option("field of a .jsonl row, with --data")
+_TEXT_FIELD = Option("field of a row, or column, with --data")
 _TOKENS = Option("tokens of text, 0: all", min=0)
 _SEQ_LEN = Option("tokens per sequence [that of the run, else at most 512]", min=2)
 _SEQUENCES = Option("sequences at a time", min=1)

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from model_folders import write_model
@@ -67,6 +68,7 @@ def test_text_and_results_may_lie_there(odd, tmp_path, capsys, monkeypatch):
     "command",
     [
         ["train", "TEXT", "--out=ODD/run", *SMALL],
+        ["train", "TEXT", "--out=OUT", "--tokenizer=ODD/model", *SMALL],
         ["compare", "TEXT", "--out=ODD/sweep", "--pools=1", *SMALL[6:]],
         ["demo", "--out=ODD/demo", "--steps=1"],
         ["generate", "ODD/model"],
@@ -81,7 +83,7 @@ def test_text_and_results_may_lie_there(odd, tmp_path, capsys, monkeypatch):
 )
 def test_models_may_not(odd, tmp_path, capsys, command):
     model = write_model(tmp_path / "model")
-    (odd / "model").symlink_to(model)
+    shutil.copytree(model, odd / "model")  # a link there would lead to a path in UTF-8
     places = {"ODD": str(odd), "OUT": str(tmp_path / "out"), "MODEL": str(model)}
     (tmp_path / "text").mkdir()
     places["TEXT"] = write_text(tmp_path / "text")

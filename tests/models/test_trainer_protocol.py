@@ -97,7 +97,7 @@ def test_smoothing_without_the_base_class_warns(tmp_path):
         loss = plain.compute_loss(model, dict(data), num_items_in_batch=torch.tensor(40))
     balanced = make_trainer(model, tmp_path, options=options)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", BalanceLossWarning)
         more = balanced.compute_loss(model, dict(data), num_items_in_batch=torch.tensor(40))
     targets = (data["labels"][:, 1:] != -100).sum()
     aux = model(data["input_ids"]).aux_loss * targets / 40

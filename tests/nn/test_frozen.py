@@ -78,3 +78,11 @@ def test_thawed_again(mode):
     model.zero_grad()
     loss_of(model(inputs())).backward()
     assert_equal(gradients(model), expected())
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "autograd"])
+@pytest.mark.parametrize(("frozen", "merges"), [("gate_up", True), ("down", True), ("pool", False)])
+def test_a_pass_merges_the_gradient_of_what_is_left(mode, frozen, merges):
+    model = Stack(mode)
+    freeze(model, FROZEN[frozen])
+    assert (model.pool.begin_pass().collector is not None) is merges

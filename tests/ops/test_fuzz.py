@@ -136,6 +136,23 @@ def test_an_unclear_or_wrong_refusal_is_found(error, said):
     assert any(said in text for text in found)
 
 
+def test_a_crash_is_survived_and_repeated_by_the_command_that_is_printed(tmp_path):
+    toy, counts = tmp_path / "toy.py", tmp_path / "counts.json"
+    toy.write_text(CRASHES)
+    options = ("--also", toy, "--op", "toy::permute", "--op", "unipool::permute")
+    run = command(*options, "--calls", 40, "--json", counts)
+    assert run.returncode == 1, run.stderr
+    result = json.loads(counts.read_text())
+    crashes = result["ops"]["toy::permute"]["finding"]
+    assert 0 < crashes < 20
+    assert result["calls"] == 40
+    assert result["ops"]["unipool::permute"]["finding"] == 0
+    assert run.stdout.count("the process died or hung, exit status -11") == crashes
+    repeat = re.search(r"--repeat (toy::permute:\d+)", run.stdout)[1]
+    assert command("--also", toy, "--repeat", repeat).returncode == -11
+    assert command("--repeat", "unipool::permute:0").returncode == 0
+
+
 def test_counts_add_up_and_an_unknown_op_is_one_line(tmp_path):
     counts = tmp_path / "counts.json"
     run = command("--calls", 60, "--json", counts)

@@ -19,7 +19,7 @@ import torch
 from cases import Case, acc_dtype, expert_ids, logits, plan, pool, rand, weights
 from fuzz_rules import FLOATS, RULES, Rule, Verdict, judge, named_tensors
 from fuzz_spoils import LAYOUTS, SPOILS
-from specs import SPECS, OpSpec, Tolerance, oracle, upstream
+from specs import SPECS, OpSpec, Tolerance, oracle, run, upstream
 from tolerance import check_close, check_equal, check_results
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -238,8 +238,20 @@ def check_raw(target: Target, arguments: dict, rng: random.Random) -> str:
     got = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
     if target.rule.written:
         got.append(arguments[target.rule.written])
-    compare(got, due, dtype, target.rule.spreads)
+    compare(got, due, dtype, not_finite(arguments) if target.rule.spreads else None)
     return "compared"
+
+
+def not_finite(arguments: dict) -> Tensor:
+    """[T]: of the tokens of a router, those that a value which is not finite reaches: one of their
+    own rows, or one that is every token's."""
+    given = [t for t in arguments.values() if isinstance(t, Tensor) and t.is_floating_point()]
+    T = arguments["logits"].shape[0]
+    reached = torch.zeros(T, dtype=torch.bool)
+    for t in given:
+        lost = ~t.detach().isfinite()
+        reached |= lost.any(1) if t.dim() == 2 else lost.any()
+    return reached
 
 
 def exact(t: Tensor) -> Tensor:
@@ -287,7 +299,8 @@ def check_unchanged(before: dict[str, list], arguments: dict, written: str | Non
                 raise FindingError(f"changed {name}")
 
 
-def compare(got: list[Tensor], due: list, dtype: torch.dtype, spreads: bool) -> None:
+def compare(got: list[Tensor], due: list, dtype: torch.dtype, reached: Tensor | None) -> None:
+    """reached: the tokens whose rows may be not finite where the oracle's are; None for none."""
     if len(got) != len(due):
         raise FindingError(f"{len(got)} results, {len(due)} are due")
     for i, (result, (value, reduction, roundings, magnitude)) in enumerate(
@@ -297,7 +310,7 @@ def compare(got: list[Tensor], due: list, dtype: torch.dtype, spreads: bool) -> 
             if not value.is_floating_point():
                 check_equal(result, value, f"result {i}")
                 continue
-            got_i, want, size = finite_alike(result, value, magnitude, dtype, spreads)
+            got_i, want, size = finite_alike(result, value, magnitude, dtype, reached)
             tolerance = Tolerance(reduction, roundings)
             check_close(got_i, want, tolerance, dtype, f"result {i}", size)
         except AssertionError as error:
@@ -305,7 +318,7 @@ def compare(got: list[Tensor], due: list, dtype: torch.dtype, spreads: bool) -> 
 
 
 def finite_alike(
-    got: Tensor, want: Tensor, size: Tensor | float, dtype: torch.dtype, spreads: bool
+    got: Tensor, want: Tensor, size: Tensor | float, dtype: torch.dtype, reached: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both with 0 in the rows that are not finite throughout, which are the same in both, and the
     magnitude of each row: never so small that its roundings are below the smallest normal numbers,
@@ -315,7 +328,9 @@ def finite_alike(
     lost, shown = ~want.isfinite(), ~got.isfinite()
     if want.dim() > 1:
         lost, shown = lost.any(-1, keepdim=True), shown.any(-1, keepdim=True)
-    lost = lost | shown if spreads else lost
+    if reached is not None:  # what sums over tokens may show any of them
+        of_tokens = want.dim() == 2 and want.shape[0] == len(reached)
+        lost = lost | (shown & (reached.unsqueeze(1) if of_tokens else reached.any()))
     assert torch.equal(shown, lost), "finite in other rows than the oracle's"
     got, want = got.masked_fill(lost, 0.0), want.masked_fill(lost, 0.0)
     size = torch.as_tensor(size).double().detach().nan_to_num(0.0, 0.0, 0.0).expand_as(want)
@@ -342,7 +357,7 @@ def run_public(target: Target, seed: int, rng: random.Random) -> str:
     before = snapshot(inputs)
     try:
         with threads(rng):
-            actual = run_spec(target, spec, case, inputs, wrt)
+            actual = run(spec, case, _Module(target), inputs, wrt)
         check_unchanged(before, inputs, None)
         due = oracle(spec, case, plain)
         due |= {f"grad_{n}": None for n in spec.differentiable if n not in wrt}
@@ -364,20 +379,6 @@ class _Module:
 
     def __getattr__(self, name: str) -> object:
         return self.target.call if name == self.target.name else getattr(ops, name)
-
-
-def run_spec(
-    target: Target, spec: OpSpec, case: Case, inputs: dict, wrt: tuple[str, ...]
-) -> dict[str, Tensor | None]:
-    """As specs.run does, on inputs whose layout stays as it is."""
-    leaves = {n: t.detach().requires_grad_() if n in wrt else t for n, t in inputs.items()}
-    results = spec.call(_Module(target), leaves)
-    roots = [n for n, t in results.items() if t.requires_grad]
-    if roots:
-        grads = [upstream(case, n, results[n]) for n in roots]
-        torch.autograd.backward([results[n] for n in roots], grads)
-    grads = {f"grad_{n}": leaves[n].grad for n in spec.differentiable}
-    return {n: t.detach() for n, t in results.items()} | grads
 
 
 def run_malformed(target: Target, rng: random.Random) -> str:

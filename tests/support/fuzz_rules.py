@@ -36,7 +36,7 @@ class Rule:
     conditions: Callable[[dict, dict], Iterator[str]] | None = None  # what is wrong, given sizes
     written: str | None = None  # the argument that the op changes
     plan: tuple[str, ...] = ()  # those of order, inverse and offsets that it must check
-    spreads: bool = False  # what is not finite may show in more rows than it has to
+    spreads: bool = False  # a value that is not finite may show in all of its token's results
     may_be_zero: tuple[str, ...] = ("T", "N")
     tensors: dict[str, str] = field(init=False)
 

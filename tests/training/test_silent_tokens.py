@@ -52,7 +52,7 @@ def test_rows_have_the_part_of_each_window(half_silent, routed):
         slots = [one.load.sum().item() for batch in routed[first : first + 8] for one in batch]
         due.append(1 - sum(slots) / (len(slots) * 2 * 32))
     assert logged(config) == pytest.approx(due)
-    assert any(0.05 < part < 0.95 for part in logged(config))
+    assert all(0 < part < 1 for part in logged(config))
 
 
 @pytest.mark.any_device

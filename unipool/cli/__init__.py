@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{str(error).splitlines()[0]}{hint} (see `unipool doctor`)", code=1)
     except (CommandInterrupted, KeyboardInterrupt, typer.Abort) as error:
         return _fail(str(error) or "interrupted", code=130)
-    except (BrokenPipeError, SystemExit):  # the parser exits for this only: our reader has enough
+    except (BrokenPipeError, SystemExit) as error:  # whoever read our output has enough
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # the parser's exit is that of a pipe only if it comes from one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:

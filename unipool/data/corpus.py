@@ -3,7 +3,8 @@
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,17 +83,23 @@ def _size(path: Path) -> int:
 
 
 def _file_documents(path: Path, field: str, named: bool) -> Iterator[Document]:
-    """named: by the user, and not met in a folder."""
+    """named: by the user, and not met in a folder, where a file without such rows is a text."""
     suffix = path.suffix.lower()
     try:
         if suffix in formats.JSON_LINES:
-            yield from _row_documents(path, field, formats.json_lines(path, field))
+            with open(path, "rb") as lines:
+                yield from _row_documents(path, field, formats.json_lines(path, lines, field))
             return
         data = path.read_bytes()
-        rows = formats.table if suffix in formats.TABLES else formats.json_file
-        in_rows = suffix in formats.TABLES or suffix == ".json"
-        if in_rows and (named or formats.holds_rows(path, data, field)):
-            yield from _row_documents(path, field, rows(path, data, field))
+        rows = formats.rows(path, data, field) if suffix in formats.ROWS else iter(())
+        try:
+            first = list(islice(rows, 1))
+        except InputError:
+            if named:
+                raise
+            first = []
+        if first or (named and suffix in formats.ROWS):
+            yield from _row_documents(path, field, chain(first, rows))
         else:
             formats.check_text(data, str(path))
             yield Document(str(path), data.removeprefix(b"\xef\xbb\xbf"))
@@ -100,7 +107,7 @@ def _file_documents(path: Path, field: str, named: bool) -> Iterator[Document]:
         raise InputError(f"data: cannot read {path}: {error.strerror}") from error
 
 
-def _row_documents(path: Path, field: str, rows: Iterator[tuple[str, bytes]]) -> Iterator[Document]:
+def _row_documents(path: Path, field: str, rows: Iterable[tuple[str, bytes]]) -> Iterator[Document]:
     found = False
     for where, text in rows:
         if text:

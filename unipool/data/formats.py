@@ -4,7 +4,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from unipool.json_files import parse_json
 
 JSON_LINES = {".jsonl", ".ndjson"}
 TABLES = {".csv": ",", ".tsv": "\t"}
+ROWS = {".json", *TABLES}
 # First bytes of what people have texts in that we do not unpack.
 _MAGIC = {
     b"\x1f\x8b": "compressed with gzip: unpack it first",
@@ -37,23 +38,27 @@ def check_text(data: bytes, where: str) -> None:
         raise InputError(f"data: {where} is not UTF-8 text (byte {error.start})") from error
 
 
-def json_lines(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
+def json_lines(path: Path, lines: Iterable[bytes], field: str) -> Iterator[tuple[str, bytes]]:
     """(place, text) of each line that has one. InputError, naming the line, for what is no row."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            check_text(line, where)
-            if line.strip():
-                yield where, _field(_parsed(line, where), where, field)
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        check_text(line, where)
+        if line.strip():
+            yield where, _field(_parsed(line, where), where, field)
 
 
-def json_file(path: Path, data: bytes, field: str) -> Iterator[tuple[str, bytes]]:
-    """As json_lines, of a .json file: a list of objects, JSON Lines, or one object."""
+def rows(path: Path, data: bytes, field: str) -> Iterator[tuple[str, bytes]]:
+    """As json_lines, of a .json, .csv or .tsv file, whose bytes are `data`."""
+    return (_table if path.suffix.lower() in TABLES else _json_file)(path, data, field)
+
+
+def _json_file(path: Path, data: bytes, field: str) -> Iterator[tuple[str, bytes]]:
+    """Of a list of objects, JSON Lines, or one object."""
     check_text(data, str(path))
     try:
         value = parse_json(data.decode("utf-8-sig"), ours=False)
     except json.JSONDecodeError:
-        yield from json_lines(path, field)
+        yield from json_lines(path, io.BytesIO(data), field)
         return
     except ValueError as error:
         raise InputError(f"data: {path} is not JSON: {error}") from error
@@ -64,8 +69,8 @@ def json_file(path: Path, data: bytes, field: str) -> Iterator[tuple[str, bytes]
         yield f"{path}[{number}]", _field(row, f"{path}[{number}]", field)
 
 
-def table(path: Path, data: bytes, field: str) -> Iterator[tuple[str, bytes]]:
-    """As json_lines, of a file whose first row names its columns."""
+def _table(path: Path, data: bytes, field: str) -> Iterator[tuple[str, bytes]]:
+    """Of a file whose first row names its columns."""
     check_text(data, str(path))
     lines = io.StringIO(data.decode("utf-8-sig"), newline="")
     reader = csv.reader(lines, delimiter=TABLES[path.suffix.lower()], strict=True)
@@ -87,15 +92,6 @@ def table(path: Path, data: bytes, field: str) -> Iterator[tuple[str, bytes]]:
                 yield where, row[column].encode("utf-8")
     except csv.Error as error:
         raise InputError(f"data: {path}:{reader.line_num} is not CSV: {error}") from error
-
-
-def holds_rows(path: Path, data: bytes, field: str) -> bool:
-    """Whether a file met in a folder of texts holds rows with `field`, or is a text like others."""
-    try:
-        rows = table if path.suffix.lower() in TABLES else json_file
-        return next(rows(path, data, field), None) is not None
-    except InputError:
-        return False
 
 
 def _parsed(line: bytes, where: str) -> Any:

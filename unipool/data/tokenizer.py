@@ -85,7 +85,12 @@ def load_hugging_face(folder: Path, trust_remote_code: bool = False):
 
 def used_ids(tokenizer) -> set[int]:
     """Ids that a Hugging Face tokenizer may give. They may have gaps: len() is no bound of them."""
-    return {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
+    return set(tokenizer.get_vocab().values())
+
+
+def unused_ids(tokenizer, vocab_size: int) -> list[int]:
+    """Ids below vocab_size that it never gives: they pad the output layer, and mean nothing."""
+    return sorted({*range(vocab_size)} - used_ids(tokenizer))
 
 
 def load_tokenizer(folder: Path | None) -> ByteTokenizer | HuggingFaceTokenizer:

@@ -15,9 +15,10 @@ import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from unipool.data.tokenizer import SEPARATOR, used_ids
+from unipool.data.tokenizer import SEPARATOR, unused_ids, used_ids
 from unipool.errors import InputError
 from unipool.evaluation.tasks import VERSION
+from unipool.models.loading import check_vocabulary
 
 _BOOTSTRAP = 1000  # resamples for the standard error of a perplexity: good to about 2 %
 _CONFIG = (
@@ -103,16 +104,9 @@ class HarnessModel(HFLM):
     ):
         vocab_size = model.config.get_text_config().vocab_size
         _settle_end_token(tokenizer, model.config.eos_token_id)
-        used = used_ids(tokenizer)
-        if max(used, default=-1) >= vocab_size:
-            raise InputError(
-                f"model: its tokenizer has ids up to {max(used)}, past the model's "
-                f"vocab_size={vocab_size}"
-            )
+        check_vocabulary(model, tokenizer)
         tokenizer.model_max_length = int(1e30)  # requests are cut to max_length, and counted
-        # Ids that the tokenizer has not only pad the output layer: they mean nothing.
-        unused = sorted({*range(vocab_size)} - used)
-        model.generation_config.suppress_tokens = unused or None
+        model.generation_config.suppress_tokens = unused_ids(tokenizer, vocab_size) or None
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,

@@ -4,7 +4,7 @@
 import torch
 
 from unipool.configs import GenerateConfig
-from unipool.data.tokenizer import used_ids
+from unipool.data.tokenizer import unused_ids
 from unipool.errors import InputError
 from unipool.models.loading import load_model, resolve_device
 
@@ -32,7 +32,7 @@ def generate_text(
     if ids.numel() == 0:
         raise InputError("--prompt must not be empty: the tokenizer has no token to begin with")
     sampling = {"do_sample": True, "temperature": temperature}
-    padding = sorted({*range(model.config.vocab_size)} - used_ids(tokenizer))  # mean nothing
+    padding = unused_ids(tokenizer, model.config.vocab_size)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)

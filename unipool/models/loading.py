@@ -38,20 +38,20 @@ def load_model(path: Path, device: str = "cpu", trust_remote_code: bool = False)
     if missing := sorted(found["missing_keys"]):  # which would be drawn at random
         raise InputError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
     tokenizer = load_hugging_face(folder, trust_remote_code)
-    _check_vocabulary(model, tokenizer, folder)
+    check_vocabulary(model, tokenizer)
     if device == "cpu" and model.dtype == torch.float16:
         model = model.float()  # which holds every float16; our ops on the CPU take none
     return model.to(device).eval(), tokenizer
 
 
-def _check_vocabulary(model, tokenizer, folder: Path) -> None:
+def check_vocabulary(model, tokenizer) -> None:
     """InputError for a tokenizer with an id that the model has no embedding of."""
     largest = max(used_ids(tokenizer), default=-1)
     embedded = model.get_input_embeddings().num_embeddings
     if largest >= embedded:
         raise InputError(
-            f"model: {folder} has a tokenizer with ids up to {largest}, and embeddings of the ids "
-            f"below {embedded}: the tokenizer is another model's"
+            f"model: {model.name_or_path or 'it'} has a tokenizer with ids up to {largest}, and "
+            f"embeddings of the ids below {embedded}: the tokenizer is another model's"
         )
 
 

@@ -289,6 +289,7 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
         self.model = UniPoolModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.balance_loss_is_added = False  # by who computes the loss of the logits
         self.post_init()
 
     @takes_cache
@@ -331,7 +332,8 @@ class UniPoolForCausalLM(UniPoolPreTrainedModel, GenerationMixin):
             )
         if self.training:
             aux_loss = self.model.balance_loss(outputs.routings) * share
-            if labels is None and kwargs.get("num_items_in_batch") is not None:
+            outside = labels is None and kwargs.get("num_items_in_batch") is not None
+            if outside and not self.balance_loss_is_added:
                 warn_of_loss_outside()
         if lm_loss is not None:
             loss = lm_loss if aux_loss is None else lm_loss + aux_loss

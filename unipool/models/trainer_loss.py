@@ -12,6 +12,7 @@ class BalanceLossWarning(UserWarning):
 
 
 def warn_of_loss_outside() -> None:
+    """Of a step whose labels the Trainer kept from the model."""
     warnings.warn(
         "the loss is computed outside of the model, without the balance loss: add output.aux_loss "
         "to it, or derive the Trainer from unipool.models.AddsBalanceLoss",
@@ -30,12 +31,16 @@ class AddsBalanceLoss:
     nothing. A compute_loss_func must not add it as well.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for module in self.model.modules():  # also inside of an adapter's wrapper
+            if hasattr(module, "balance_loss_is_added"):
+                module.balance_loss_is_added = True
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outside = self.label_smoother is not None or self.compute_loss_func is not None
         labels = inputs.get("labels") if outside else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BalanceLossWarning)
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if labels is not None and getattr(outputs, "aux_loss", None) is not None:
             loss = loss + outputs.aux_loss * targets_of_step(labels, num_items_in_batch)[1]
         return (loss, outputs) if return_outputs else loss

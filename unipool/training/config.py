@@ -107,12 +107,13 @@ class TrainConfig:
     data: Annotated[
         tuple[str, ...],
         Option(
-            "text or .jsonl file, or a folder of them; repeatable [the standard library's source]",
+            "text, .jsonl, .json, .csv or .tsv file, or a folder of them; repeatable "
+            "[the standard library's source]",
             _DATA,
             path="read",
         ),
     ] = ()
-    field: Annotated[str, Option("field of a .jsonl row", _DATA)] = "text"
+    field: Annotated[str, Option("field of a row, or column", _DATA)] = "text"
     tokenizer: Annotated[
         str | None, Option("Hugging Face tokenizer folder [bytes]", _DATA, path="read")
     ] = None

@@ -163,7 +163,8 @@ class PoolTrainer(Trainer):
                 self._window[name] = self._window.get(name, 0.0) + term.detach().double()
         if routings := getattr(outputs, "routings", None):
             # Without a wait for the device: added up there until there is a row to log.
-            silent = torch.stack([(one.experts < 0).all(dim=1).sum() for one in routings])
+            experts = torch.stack([one.experts for one in routings])
+            silent = (experts < 0).all(dim=2).sum(dim=1)
             self._silent = silent if self._silent is None else self._silent + silent
             self._routed += routings[0].experts.shape[0]
         return (loss, outputs) if return_outputs else loss
